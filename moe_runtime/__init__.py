@@ -1,0 +1,34 @@
+"""Run Mixture-of-Experts language models whose experts do not fit on the device."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_runtime.errors import MoERuntimeError as MoERuntimeError
+    from moe_runtime.integrations.transformers.handle import Handle as Handle
+    from moe_runtime.integrations.transformers.handle import handle as handle
+    from moe_runtime.integrations.transformers.load import load as load
+    from moe_runtime.integrations.transformers.offload import offload as offload
+
+__version__ = "0.1.0"
+
+# Public name -> the file that owns it. Resolved on first use (PEP 562): importing is free.
+_OWNERS = {
+    "Handle": "moe_runtime.integrations.transformers.handle",
+    "MoERuntimeError": "moe_runtime.errors",
+    "handle": "moe_runtime.integrations.transformers.handle",
+    "load": "moe_runtime.integrations.transformers.load",
+    "offload": "moe_runtime.integrations.transformers.offload",
+}
+
+__all__ = ["Handle", "MoERuntimeError", "__version__", "handle", "load", "offload"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OWNERS:
+        raise AttributeError(f"module 'moe_runtime' has no attribute {name!r}")
+    return getattr(import_module(_OWNERS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,26 @@
+"""Least-recently-used eviction."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Set
+
+from moe_runtime.expert import ExpertKey
+
+
+class LRUPolicy:
+    """Evict the expert used longest ago. O(1) per access."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
+
+    def touch(self, key: ExpertKey) -> None:
+        self._order[key] = None
+        self._order.move_to_end(key)
+
+    def victim(self, pinned: Set[ExpertKey]) -> ExpertKey | None:
+        return next((key for key in self._order if key not in pinned), None)
+
+    def forget(self, key: ExpertKey) -> None:
+        del self._order[key]
+
+    def advise(self, predictions: Mapping[ExpertKey, float]) -> None:
+        """Recency is all this policy looks at."""

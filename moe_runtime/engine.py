@@ -1,0 +1,173 @@
+"""Owns slots, cache and disk threads, and hands layers the experts they need."""
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+
+import torch
+
+from moe_runtime.cache.cache import Access, ExpertCache
+from moe_runtime.cache.policy import EvictionPolicy
+from moe_runtime.errors import OffloadedExpertsError
+from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.disk import DiskReader
+from moe_runtime.memory.expert_load import ExpertLoad
+from moe_runtime.memory.slots import Slots
+from moe_runtime.memory.tensor_map import TensorMap
+
+Weights = dict[str, torch.Tensor]
+
+
+class ExpertEngine:
+    """The experts of one model: files behind a cache of slots.
+
+    Not shared between models. One layer runs at a time; a second thread waits its turn. `poison`
+    fills a slot with NaN before it is read into, so that a race shows in the output (tests).
+    """
+
+    def __init__(
+        self,
+        tensor_map: TensorMap,
+        slots: Slots,
+        policy: EvictionPolicy,
+        reader: DiskReader,
+        *,
+        poison: bool = False,
+    ) -> None:
+        self.tensor_map = tensor_map
+        self.slots = slots
+        self.cache = ExpertCache(slots.num_slots, policy)
+        self.reader = reader
+        self._poison = poison
+        self._loads: dict[ExpertKey, ExpertLoad] = {}  # not yet known to be done
+        # Re-entrant: an interrupt between taking a turn and using it must not block close().
+        self._turn = threading.RLock()
+        self._is_closed = False
+
+    def open_layer(self, layer: int, experts: Sequence[int]) -> "LayerAccess":
+        """Start reading what is missing of `experts` (ascending) of `layer`; use it in a `with`."""
+        self._turn.acquire()
+        try:
+            if self._is_closed:
+                raise OffloadedExpertsError(
+                    "the experts of this model were released by close(); load the model again"
+                )
+            return LayerAccess(self, [ExpertKey(layer, expert) for expert in experts])
+        except BaseException:
+            self._turn.release()
+            raise
+
+    def close(self) -> None:
+        """End the threads, close the files and free the slots. Safe to call twice."""
+        with self._turn:
+            if not self._is_closed:
+                self._is_closed = True
+                self.reader.close()
+                self.slots.close()
+
+    def _start_load(self, key: ExpertKey, slot: int) -> None:
+        if self._poison:
+            self.slots.poison(slot)
+        blob = self.slots.blob(slot)
+        self._loads[key] = self.reader.submit(
+            self.tensor_map.extents(key),
+            self.tensor_map.layers[key.layer].layout,
+            blob,
+            on_complete=lambda: self.slots.commit(slot, blob),
+        )
+
+    def _drop_load(self, key: ExpertKey) -> None:
+        """`key` leaves its slot: nothing may be written there any more."""
+        load = self._loads.pop(key, None)
+        if load is not None:
+            load.settle()
+
+
+class LayerAccess:
+    """The experts of one layer during one forward, in ascending order of use.
+
+    `weights(expert)` blocks until that expert is in its slot; `release(expert)` says that it is
+    used, which in a layer with more experts than slots lets the next one be read into its place.
+    """
+
+    def __init__(self, engine: ExpertEngine, keys: list[ExpertKey]) -> None:
+        self._engine = engine
+        self._layout = engine.tensor_map.layers[keys[0].layer].layout if keys else None
+        self._waiting: dict[ExpertKey, Access] = {}  # by the key whose release they need
+        self._accesses: dict[int, Access] = {}
+        self._started: set[ExpertKey] = set()
+        try:
+            self._start(engine.cache.admit(keys))
+        except BaseException:
+            self._abandon()
+            raise
+
+    def is_ready(self, expert: int) -> bool:
+        """Whether `weights(expert)` would return at once."""
+        access = self._accesses[expert]
+        if not access.is_hit and access.key not in self._started:
+            return False
+        load = self._engine._loads.get(access.key)
+        return load is None or load.is_done
+
+    def weights(self, expert: int) -> Weights:
+        """The parameters of `expert` by name, once they are in its slot. Raises ExpertReadError."""
+        access = self._accesses[expert]
+        assert access.is_hit or access.key in self._started, f"{access.key} waits for a release"
+        load = self._engine._loads.get(access.key)
+        if load is not None:
+            load.wait()
+            self._engine._loads.pop(access.key, None)
+        assert self._layout is not None
+        return self._engine.slots.views(access.slot, self._layout)
+
+    def release(self, expert: int) -> None:
+        """`expert` is used for this forward; its slot may be read into."""
+        access = self._accesses[expert]
+        waiting = self._waiting.pop(access.key, None)
+        if waiting is not None:
+            self._begin(waiting)
+
+    def __enter__(self) -> "LayerAccess":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is not None:
+                self._abandon()
+        finally:
+            self._engine._turn.release()
+
+    def _start(self, accesses: list[Access]) -> None:
+        passed: set[ExpertKey] = set()
+        for access in accesses:
+            self._accesses[access.key.expert] = access
+            if not access.is_hit:
+                if access.evicted in passed:
+                    self._waiting[access.evicted] = access
+                else:
+                    self._begin(access)
+            passed.add(access.key)
+
+    def _begin(self, access: Access) -> None:
+        if access.evicted is not None:
+            self._engine._drop_load(access.evicted)
+        self._engine._start_load(access.key, access.slot)
+        self._started.add(access.key)
+
+    def _abandon(self) -> None:
+        """After an error or an interrupt: forget what never arrived, keep what did."""
+        for access in self._accesses.values():
+            if not access.is_hit and access.key not in self._started:
+                self._engine.cache.discard(access.key)
+        for key in list(self._engine._loads):
+            load = self._engine._loads[key]
+            load.settle()
+            if load.error is not None:
+                self._engine.cache.discard(key)
+            del self._engine._loads[key]

@@ -1,0 +1,81 @@
+"""Turns what the user allows into a number of expert slots."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moe_runtime.errors import BudgetError
+from moe_runtime.expert_memory import ExpertMemory, format_bytes
+from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.memory.tensor_map import TensorMap
+
+# Kept free under 'auto' for activations, the KV cache and the allocator's slack.
+_RESERVE_BYTES = 512 * 2**20
+_RESERVE_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Slots for experts, and the figures they follow from."""
+
+    num_slots: int
+    slot_bytes: int
+    budget_bytes: int
+    floor_bytes: int
+    expert_total_bytes: int
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether every expert of the model has a slot."""
+        return self.num_slots * self.slot_bytes >= self.expert_total_bytes
+
+
+def floor_slots(sites: Sequence[ExpertSite]) -> int:
+    """The fewest slots that can run one token: the experts that it uses in one layer."""
+    return max(site.top_k for site in sites)
+
+
+def plan_budget(
+    expert_memory: ExpertMemory,
+    tensor_map: TensorMap,
+    sites: Sequence[ExpertSite],
+    *,
+    dense_bytes: int,
+    available_bytes: int,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    device: int | str = "cpu",
+) -> Budget:
+    """Slots within `expert_memory`, and within `max_memory[device]` once dense weights are paid.
+
+    `available_bytes` is what is free before the dense weights load. Raises BudgetError, saying the
+    floor, when too little is left for the experts of one token.
+    """
+    slot_bytes = tensor_map.slot_bytes
+    total_bytes = tensor_map.num_experts * slot_bytes
+    free = available_bytes - dense_bytes
+    free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
+    budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)
+    if max_memory is not None and device in max_memory:
+        limit = max_memory[device]
+        limit_bytes = limit if isinstance(limit, int) else ExpertMemory.parse(limit).num_bytes
+        if limit_bytes is None:
+            raise BudgetError(f"max_memory[{device!r}] is {limit!r}; write a size such as '10GiB'")
+        budget_bytes = min(budget_bytes, limit_bytes - dense_bytes)
+    floor_bytes = floor_slots(sites) * slot_bytes
+    if budget_bytes < floor_bytes:
+        raise BudgetError(
+            f"{format_bytes(max(budget_bytes, 0))} for experts is below the floor of "
+            f"{format_bytes(floor_bytes)} ({floor_slots(sites)} experts of "
+            f"{format_bytes(slot_bytes)}, what one token uses in one layer); "
+            f"set expert_memory={floor_bytes} or more"
+        )
+    num_slots = min(budget_bytes // slot_bytes, tensor_map.num_experts)
+    hitting = sum(site.top_k for site in sites)
+    if num_slots < hitting:
+        warnings.warn(
+            f"{num_slots} expert slots are fewer than the {hitting} that one token uses over all "
+            f"layers: nearly every use reads the disk; {format_bytes(hitting * slot_bytes)} would "
+            "let the cache hit",
+            stacklevel=3,
+        )
+    return Budget(num_slots, slot_bytes, budget_bytes, floor_bytes, total_bytes)

@@ -1,0 +1,294 @@
+"""What a user holds of a model with offloaded experts: its report and the way back."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_runtime.engine import ExpertEngine
+from moe_runtime.errors import BudgetError, OffloadedExpertsError, UnsupportedModelError
+from moe_runtime.expert_memory import format_bytes
+from moe_runtime.integrations.transformers.budget import Budget
+from moe_runtime.integrations.transformers.experts import (
+    OffloadedExpert,
+    OffloadedExperts,
+    OffloadedModule,
+    argument_names,
+    offloaded_class,
+)
+from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.layer import ExpertMath
+from moe_runtime.memory.available import available_memory_bytes
+
+_ATTRIBUTE = "_moe_runtime_handle"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a model was set up, as the report shows it."""
+
+    policy: str
+    dtype: str
+    device: str
+    direct_reads: bool
+    holds_all_experts: bool
+
+
+class Handle:
+    """Owns the engine of one model. A context manager: leaving it undoes the offload.
+
+    `restore()` brings all experts back into the module; `close()` frees slots, threads and files
+    and leaves a model that cannot run. Both may be called twice.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        sites: Sequence[ExpertSite],
+        maths: Sequence[ExpertMath | None],
+        engine: ExpertEngine,
+        budget: Budget,
+        settings: Settings,
+        *,
+        dense_bytes: int,
+        device: torch.device,
+        spill_folder: Path | None = None,
+    ) -> None:
+        self.engine = engine
+        self.budget = budget
+        self.settings = settings
+        self._root = root
+        self._sites = list(sites)
+        self._dense_bytes = dense_bytes
+        self._device = device
+        self._spill_folder = spill_folder
+        self._undo: list[Callable[[], None]] = []
+        self._is_restored = False
+        for layer, (site, math) in enumerate(zip(sites, maths, strict=True)):
+            self._attach(layer, site, math)
+        root.__dict__[_ATTRIBUTE] = self
+        # At the root, so that a refused move or cast leaves no half-converted model behind.
+        guard = next(m for m in root.modules() if isinstance(m, OffloadedModule))
+        if guard is not root:
+            root.__dict__["_apply"] = _GuardedApply(root, guard)
+
+    def report(self) -> dict[str, Any]:
+        """`cache`, `memory` and `settings` as `generate --json` prints them; counts since loading."""
+        cache = self.engine.cache
+        per_layer = [
+            {
+                "layer": layer,
+                "name": site.name,
+                "hits": cache.counts[layer].hits if layer in cache.counts else 0,
+                "misses": cache.counts[layer].misses if layer in cache.counts else 0,
+            }
+            for layer, site in enumerate(self._sites)
+        ]
+        hits = sum(counts.hits for counts in cache.counts.values())
+        misses = sum(counts.misses for counts in cache.counts.values())
+        return {
+            "cache": {
+                "policy": self.settings.policy,
+                "slots": self.budget.num_slots,
+                "slot_bytes": self.budget.slot_bytes,
+                "hits": hits,
+                "misses": misses,
+                "hit_rate": hits / (hits + misses) if hits + misses else None,
+                "bytes_read": self.engine.reader.bytes_read,
+                "per_layer": per_layer,
+            },
+            "memory": {
+                "expert_budget_bytes": self.budget.budget_bytes,
+                "expert_total_bytes": self.budget.expert_total_bytes,
+                "expert_floor_bytes": self.budget.floor_bytes,
+                "dense_bytes": self._dense_bytes,
+            },
+            "settings": {
+                "dtype": self.settings.dtype,
+                "device": self.settings.device,
+                "direct_reads": self.settings.direct_reads,
+                "holds_all_experts": self.settings.holds_all_experts,
+                "experts": self._expert_paths(),
+            },
+        }
+
+    def placement(self) -> str:
+        """One line: what lives where."""
+        budget = self.budget
+        where = "all" if budget.holds_all else f"{budget.num_slots}"
+        reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
+        return (
+            f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
+            f"({format_bytes(budget.expert_total_bytes)}) on disk, {where} at a time in "
+            f"{format_bytes(budget.num_slots * budget.slot_bytes)} on {self._device} "
+            f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
+        )
+
+    def restore(self) -> None:
+        """Read every expert back into its module, as if it had never been offloaded.
+
+        Raises BudgetError when they do not fit in free memory; the offload then stays as it was.
+        """
+        if self._is_restored:
+            return
+        needed = sum(
+            site.num_experts * self.engine.tensor_map.layers[layer].layout.weight_bytes
+            for layer, site in enumerate(self._sites)
+        )
+        if self._device.type == "cpu" and needed > available_memory_bytes():
+            raise BudgetError(
+                f"restoring takes {format_bytes(needed)} and {format_bytes(available_memory_bytes())} "
+                "are free; close other programs, or keep the experts offloaded"
+            )
+        restored = [self._read_site(layer, site) for layer, site in enumerate(self._sites)]
+        self._detach()
+        for site, tensors in zip(self._sites, restored, strict=True):
+            _set_parameters(site, tensors)
+        self._is_restored = True
+        self.close()
+
+    def close(self) -> None:
+        """Free slots, threads, files and what was written to disk for this model."""
+        self.engine.close()
+        if self._spill_folder is not None:
+            shutil.rmtree(self._spill_folder, ignore_errors=True)
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """A model offloaded from memory is restored; one loaded from disk is closed."""
+        if self._spill_folder is not None:
+            self.restore()
+        self.close()
+
+    def _expert_paths(self) -> str:
+        """Which code computes experts: ours, or the family's own forward."""
+        fused = [site.module for site in self._sites if site.is_fused]
+        if not fused:
+            return "module list"
+        own = [isinstance(m, OffloadedExperts) and m._math is None for m in fused]
+        return "torch, family's forward" if any(own) else "torch"
+
+    def _attach(self, layer: int, site: ExpertSite, math: ExpertMath | None) -> None:
+        slot_like = torch.empty(0, dtype=site.parameters[0].dtype, device=self._device)
+        if site.is_fused:
+            for parameter in site.parameters:
+                site.module._parameters.pop(parameter.name, None)
+            self._swap(
+                site.module,
+                OffloadedExperts,
+                _math=math,
+                _num_experts=site.num_experts,
+                _argument_names=argument_names(type(site.module)),
+                _engine=self.engine,
+                _layer=layer,
+                _slot_like=slot_like,
+            )
+            return
+        for expert, module in enumerate(site.module.children()):
+            places = {}
+            for parameter in site.parameters:
+                path, _, attribute = parameter.name.rpartition(".")
+                owner = module.get_submodule(path)
+                absent = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+                owner._parameters[attribute] = nn.Parameter(absent, requires_grad=False)
+                places[parameter.name] = (owner, attribute)
+            self._swap(
+                module,
+                OffloadedExpert,
+                _expert=expert,
+                _places=places,
+                _engine=self.engine,
+                _layer=layer,
+                _slot_like=slot_like,
+            )
+
+    def _swap(self, module: nn.Module, mixin: type[OffloadedModule], **state: Any) -> None:
+        original = type(module)
+
+        def undo() -> None:
+            module.__class__ = original
+            for name in state:
+                del module.__dict__[name]
+
+        module.__dict__.update(state)
+        module.__class__ = offloaded_class(original, mixin)
+        self._undo.append(undo)
+
+    def _detach(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._root.__dict__.pop("_apply", None)
+        self._root.__dict__.pop(_ATTRIBUTE, None)
+
+    def _read_site(self, layer: int, site: ExpertSite) -> dict[str, torch.Tensor]:
+        tensors = {
+            p.name: torch.empty((site.num_experts, *p.shape), dtype=p.dtype, device=self._device)
+            for p in site.parameters
+        }
+        with self.engine.open_layer(layer, range(site.num_experts)) as access:
+            for expert in range(site.num_experts):
+                for name, value in access.weights(expert).items():
+                    tensors[name][expert].copy_(value)
+                access.release(expert)
+        return tensors
+
+
+class _GuardedApply:
+    """Asks an offloaded module before the root moves or casts anything."""
+
+    def __init__(self, root: nn.Module, guard: OffloadedModule) -> None:
+        self._root = root
+        self._guard = guard
+
+    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self._guard.check_move(fn)
+        return type(self._root)._apply(self._root, fn, recurse)
+
+
+def handle(model: nn.Module) -> Handle:
+    """The handle of a model whose experts are offloaded, also when another module wraps it."""
+    for module in model.modules():
+        if _ATTRIBUTE in module.__dict__:
+            found: Handle = module.__dict__[_ATTRIBUTE]
+            return found
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no offloaded experts; use moe_runtime.load() or "
+        "moe_runtime.offload()"
+    )
+
+
+def refuse_twice(model: nn.Module) -> None:
+    """Raise if the experts of `model` are offloaded already."""
+    if any(isinstance(module, OffloadedModule) for module in model.modules()):
+        raise OffloadedExpertsError(
+            "the experts of this model are offloaded already; "
+            "call moe_runtime.handle(model).restore() before another offload()"
+        )
+
+
+def _set_parameters(site: ExpertSite, tensors: dict[str, torch.Tensor]) -> None:
+    for parameter in site.parameters:
+        values = tensors[parameter.name]
+        if site.is_fused:
+            site.module.register_parameter(
+                parameter.name, nn.Parameter(values, requires_grad=parameter.requires_grad)
+            )
+            continue
+        path, _, attribute = parameter.name.rpartition(".")
+        for expert, module in enumerate(site.module.children()):
+            owner = module.get_submodule(path)
+            owner._parameters[attribute] = nn.Parameter(
+                values[expert].clone(), requires_grad=parameter.requires_grad
+            )

@@ -1,0 +1,107 @@
+"""Builds engine and handle for sites whose bytes are known."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from moe_runtime.cache.lfu import LFUPolicy
+from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.cache.policy import EvictionPolicy
+from moe_runtime.engine import ExpertEngine
+from moe_runtime.integrations.transformers.budget import Budget
+from moe_runtime.integrations.transformers.handle import Handle, Settings
+from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.layer import ExpertMath
+from moe_runtime.memory.assembly import Assembly, stack
+from moe_runtime.memory.disk import DiskReader
+from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.slots import allocate_slots
+from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
+
+POLICIES: dict[str, type[LRUPolicy] | type[LFUPolicy]] = {"lru": LRUPolicy, "lfu": LFUPolicy}
+
+
+def make_policy(name: str) -> EvictionPolicy:
+    """The policy called `name`. Raises ValueError with the names there are."""
+    if name not in POLICIES:
+        raise ValueError(f"policy {name!r} is unknown; choose from {', '.join(POLICIES)}")
+    return POLICIES[name]()
+
+
+def build_tensor_map(
+    sites: Sequence[ExpertSite],
+    places: Mapping[str, Assembly],
+    dtypes: Mapping[str, torch.dtype],
+) -> TensorMap:
+    """One entry a site, from where each of its tensors lies; `dtypes` by site tensor name."""
+    layers = []
+    for site in sites:
+        parameters, packed = {}, []
+        for parameter in site.parameters:
+            names = site.tensor_names(parameter.name)
+            parameters[parameter.name] = (
+                places[names[0]] if site.is_fused else stack([places[n] for n in names], 0)
+            )
+            packed.append((parameter.name, parameter.shape, dtypes[names[0]]))
+        layers.append(LayerExperts(site.num_experts, ExpertLayout.pack(packed), parameters))
+    return TensorMap(layers)
+
+
+def install(
+    root: nn.Module,
+    sites: Sequence[ExpertSite],
+    maths: Sequence[ExpertMath | None],
+    tensor_map: TensorMap,
+    budget: Budget,
+    *,
+    policy: str,
+    device: torch.device,
+    direct: bool,
+    dense_bytes: int,
+    spill_folder: Path | None = None,
+    poison: bool = False,
+) -> Handle:
+    """Open the files, allocate the slots and put offloaded experts in the place of `sites`."""
+    eviction = make_policy(policy)
+    reader = DiskReader(tensor_map.files(), direct=direct)
+    try:
+        slots = allocate_slots(budget.num_slots, budget.slot_bytes, device)
+    except BaseException:
+        reader.close()
+        raise
+    engine = ExpertEngine(tensor_map, slots, eviction, reader, poison=poison)
+    dtype = tensor_map.layers[0].layout.parameters[0].dtype
+    settings = Settings(
+        policy=policy,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        direct_reads=reader.is_direct,
+        holds_all_experts=budget.holds_all,
+    )
+    return Handle(
+        root,
+        sites,
+        maths,
+        engine,
+        budget,
+        settings,
+        dense_bytes=dense_bytes,
+        device=device,
+        spill_folder=spill_folder,
+    )
+
+
+def dense_bytes_of(root: nn.Module, sites: Sequence[ExpertSite]) -> int:
+    """Bytes of parameters and buffers that are not experts; shared ones count once."""
+    expert_names = {
+        name for site in sites for p in site.parameters for name in site.tensor_names(p.name)
+    }
+    tensors = [
+        tensor
+        for named in (root.named_parameters(), root.named_buffers())
+        for name, tensor in named
+        if name not in expert_names
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

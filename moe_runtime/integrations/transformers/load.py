@@ -1,0 +1,321 @@
+"""`from_pretrained` for models whose experts stay on disk."""
+
+import inspect
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.expert_memory import ExpertMemory
+from moe_runtime.integrations.transformers.budget import Budget, plan_budget
+from moe_runtime.integrations.transformers.conversion import assemble
+from moe_runtime.integrations.transformers.install import (
+    build_tensor_map,
+    dense_bytes_of,
+    install,
+    make_policy,
+)
+from moe_runtime.integrations.transformers.proof import prove_math
+from moe_runtime.integrations.transformers.resolve import resolve_model
+from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
+from moe_runtime.layer import ExpertMath
+from moe_runtime.memory.available import available_memory_bytes
+from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.read_tensor import read_tensor
+from moe_runtime.memory.safetensors_header import FileTensor
+from moe_runtime.memory.tensor_map import TensorMap
+
+logger = logging.getLogger("moe_runtime")
+
+# Arguments of from_pretrained that mean the same here. What is neither here, nor an argument of
+# load(), nor an attribute of the model's config raises: nothing is swallowed.
+_PASSED_ON = frozenset(
+    {
+        "attn_implementation", "config", "dtype", "generation_config", "key_mapping",
+        "output_loading_info", "torch_dtype",
+    }
+)  # fmt: skip
+
+
+def load(
+    model: str | Path,
+    *,
+    expert_memory: str | int | float = "auto",
+    policy: str = "lru",
+    page_cache: bool = False,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    **from_pretrained_kwargs: Any,
+) -> PreTrainedModel:
+    """A transformers causal language model whose experts are read from disk when a token needs them.
+
+    `model` is a folder or a hub id. `expert_memory` bounds the memory that experts take: 'auto' (all
+    if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert bytes)
+    or bytes. `policy` is 'lru' or 'lfu'. Reads bypass the page cache unless `page_cache`.
+    `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
+    device in use. Other arguments are those of `from_pretrained`.
+
+    Outputs equal the unmodified model's with `experts_implementation="eager"`, bit for bit on CPU.
+    Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
+    files), UnsupportedModelError (no experts, quantised, unknown family) and TypeError (unknown
+    argument).
+    """
+    make_policy(policy)
+    memory = ExpertMemory.parse(expert_memory)
+    device = _single_device(device_map)
+    resolved = resolve_model(
+        model,
+        revision=revision,
+        subfolder=subfolder,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+    _refuse_unknown(from_pretrained_kwargs, resolved.config)
+    checkpoint = Checkpoint.open(resolved.folder)
+    plan = _Plan(checkpoint, memory, max_memory, device)
+    model_class = _model_class(resolved.config, resolved.folder, trust_remote_code)
+    loaded = _loading_class(model_class, plan).from_pretrained(
+        resolved.folder,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        **from_pretrained_kwargs,
+    )
+    result: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
+    result.__class__ = model_class
+    if device.type != "cpu":
+        result.to(device)
+    made = plan.made
+    if made is None:
+        raise UnsupportedModelError(f"{model} loaded without replacing any experts module")
+    handle = install(
+        result,
+        made.sites,
+        made.maths,
+        made.tensor_map,
+        made.budget,
+        policy=policy,
+        device=device,
+        direct=not page_cache,
+        dense_bytes=made.dense_bytes,
+    )
+    logger.info("%s: %s", model, handle.placement())
+    return loaded  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What was found out while transformers had the model on the meta device."""
+
+    sites: list[ExpertSite]
+    maths: list[ExpertMath | None]
+    tensor_map: TensorMap
+    budget: Budget
+    dense_bytes: int
+
+
+class _Plan:
+    """Takes the experts out of a meta model and finds their bytes, before dense weights load."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        memory: ExpertMemory,
+        max_memory: Mapping[int | str, int | str] | None,
+        device: torch.device,
+    ) -> None:
+        self.made: _Made | None = None
+        self._checkpoint = checkpoint
+        self._memory = memory
+        self._max_memory = max_memory
+        self._device = device
+
+    def take_experts(self, model: PreTrainedModel, load_config: Any) -> "dict[str, _LazyTensor]":
+        """Remove experts from `model`; returns the dense tensors left to load."""
+        sites = find_sites(model)
+        if not sites:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no experts that moe_runtime can offload: it is not a "
+                "Mixture-of-Experts model of transformers 5, or a family without "
+                "use_experts_implementation (docs/families.md lists what works)"
+            )
+        names = [n for s in sites for p in s.parameters for n in s.tensor_names(p.name)]
+        places, dense_names = assemble(
+            model, load_config.weight_mapping or [], self._checkpoint, names
+        )
+        dtypes = _load_dtypes(model, names, load_config.dtype_plan or {})
+        tensor_map = build_tensor_map(sites, places, dtypes)
+        dense_bytes = dense_bytes_of(model, sites)
+        accelerated = self._device.type != "cpu"
+        budget = plan_budget(
+            self._memory,
+            tensor_map,
+            sites,
+            dense_bytes=dense_bytes,
+            available_bytes=_device_available(self._device),
+            max_memory=self._max_memory,
+            device=(self._device.index or 0) if accelerated else "cpu",
+        )
+        maths = _prove(sites, dtypes)
+        for site in sites:
+            _empty(site)
+        self.made = _Made(sites, maths, tensor_map, budget, dense_bytes)
+        return {name: _LazyTensor(self._checkpoint[name]) for name in dense_names}
+
+
+class _LazyTensor:
+    """What transformers' loader asks for: `tensor[...]` reads it."""
+
+    def __init__(self, place: FileTensor) -> None:
+        self._place = place
+
+    def __getitem__(self, index: object) -> torch.Tensor:
+        return read_tensor(self._place)
+
+
+def _loading_class(model_class: type[PreTrainedModel], plan: _Plan) -> type[PreTrainedModel]:
+    """`model_class` with one seam opened: the moment when the meta model is complete.
+
+    Everything else (config, dtype, tied weights, fp32 buffers, generation config) is
+    `from_pretrained` as it stands.
+    """
+
+    def load_pretrained(
+        model: PreTrainedModel,
+        state_dict: object,
+        checkpoint_files: object,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        dense = plan.take_experts(model, load_config)
+        return model_class._load_pretrained_model(
+            model, dense, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    members = {
+        "_load_pretrained_model": staticmethod(load_pretrained),
+        "__module__": model_class.__module__,
+    }
+    return type(model_class.__name__, (model_class,), members)
+
+
+def _prove(
+    sites: Iterable[ExpertSite], dtypes: Mapping[str, torch.dtype]
+) -> list[ExpertMath | None]:
+    """The proven maths of each fused site; proof is by class, each site keeps its own gate."""
+    return [
+        prove_math(site.module, dtypes[site.tensor_names("down_proj")[0]])
+        if site.is_fused
+        else None
+        for site in sites
+    ]
+
+
+def _empty(site: ExpertSite) -> None:
+    """Drop the meta parameters; the loader must neither look for them nor initialise them."""
+    if site.is_fused:
+        for parameter in site.parameters:
+            del site.module._parameters[parameter.name]
+        site.module._is_hf_initialized = True
+        return
+    for module in site.module.children():
+        for parameter in site.parameters:
+            path, _, attribute = parameter.name.rpartition(".")
+            owner = module.get_submodule(path)
+            owner._parameters[attribute] = None
+            owner._is_hf_initialized = True
+
+
+def _load_dtypes(
+    model: nn.Module, names: list[str], dtype_plan: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """The dtype that `from_pretrained` would give each parameter."""
+    parameters = dict(model.named_parameters())
+    dtypes = {name: parameters[name].dtype for name in names}
+    if dtype_plan:
+        pattern, by_group, _ = build_glob_alternation(list(dtype_plan))
+        for name in names:
+            match = pattern.search(name)
+            if match is not None and match.lastgroup is not None:
+                dtypes[name] = dtype_plan[by_group[match.lastgroup]]
+    return dtypes
+
+
+def _model_class(
+    config: PreTrainedConfig, folder: Path, trust_remote_code: bool
+) -> type[PreTrainedModel]:
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and "AutoModelForCausalLM" in auto_map:
+        remote: type[PreTrainedModel] = get_class_from_dynamic_module(
+            auto_map["AutoModelForCausalLM"], str(folder)
+        )
+        return remote
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(config) not in mapping:
+        raise UnsupportedModelError(
+            f"model type {config.model_type!r} has no causal language model in transformers; "
+            "moe_runtime loads the models of AutoModelForCausalLM"
+        )
+    found = mapping[type(config)]
+    classes: tuple[type[PreTrainedModel], ...] = found if isinstance(found, tuple) else (found,)
+    named = {c.__name__: c for c in classes}
+    return next((named[name] for name in config.architectures or () if name in named), classes[0])
+
+
+def _single_device(device_map: Any) -> torch.device:
+    if isinstance(device_map, Mapping):
+        values = set(device_map.values())
+        if set(device_map) != {""} or len(values) != 1:
+            raise ValueError(
+                f"device_map {dict(device_map)!r} spreads the model; moe_runtime.load() takes one "
+                'device for dense weights and experts, such as "cpu" or {"": 0}'
+            )
+        device_map = values.pop()
+    if device_map is None:
+        return torch.device("cpu")
+    if isinstance(device_map, int):
+        return torch.device("cuda", device_map)
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential", "disk", "meta"):
+        raise ValueError(
+            f"device_map={device_map!r} is accelerate's; moe_runtime.load() places experts itself: "
+            'leave device_map out, or give one device such as "cpu" or "cuda:0"'
+        )
+    return torch.device(device_map)
+
+
+def _device_available(device: torch.device) -> int:
+    if device.type == "cpu":
+        return available_memory_bytes()
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return int(free)
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    if "experts_implementation" in kwargs:
+        raise TypeError(
+            "experts_implementation has no effect on offloaded experts; leave it out "
+            "(outputs equal 'eager')"
+        )
+    ours = set(inspect.signature(load).parameters) - {"from_pretrained_kwargs"}
+    for name in kwargs:
+        if name not in _PASSED_ON and not hasattr(config, name):
+            raise TypeError(
+                f"load() got an unknown argument {name!r}; it takes "
+                f"{', '.join(sorted(ours | _PASSED_ON))} and attributes of {type(config).__name__}"
+            )

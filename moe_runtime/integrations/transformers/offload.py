@@ -1,0 +1,112 @@
+"""Offloads the experts of a model that is already in memory."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.expert_memory import ExpertMemory
+from moe_runtime.integrations.transformers.budget import plan_budget
+from moe_runtime.integrations.transformers.handle import Handle, refuse_twice
+from moe_runtime.integrations.transformers.install import (
+    build_tensor_map,
+    dense_bytes_of,
+    install,
+    make_policy,
+)
+from moe_runtime.integrations.transformers.proof import prove_math
+from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
+from moe_runtime.memory.assembly import Assembly
+from moe_runtime.memory.available import available_memory_bytes
+from moe_runtime.memory.layout import TORCH_DTYPES
+from moe_runtime.memory.safetensors_header import read_header
+
+
+def offload(
+    module: nn.Module,
+    expert_memory: str | int | float = "auto",
+    *,
+    policy: str = "lru",
+    page_cache: bool = False,
+    offload_folder: str | Path | None = None,
+) -> Handle:
+    """Move the experts of `module` to disk and read them back when a token needs them.
+
+    `module` is a model, or any module, that holds experts of transformers 5 or ModuleLists of alike
+    modules called `experts`; or such a ModuleList itself. The experts are written once to a new
+    folder below `offload_folder` (default: the system's temporary folder, which must be on disk to
+    save memory), and removed from there when the handle is restored or closed.
+
+    Every change is undone by `restore()`, or by using the handle in a `with`. Raises
+    UnsupportedModelError when there is nothing to offload, BudgetError below the floor.
+    """
+    make_policy(policy)
+    memory = ExpertMemory.parse(expert_memory)
+    refuse_twice(module)
+    sites = find_sites(module)
+    if not sites:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} holds no experts that moe_runtime can offload: neither a fused "
+            "experts module of transformers 5 nor a ModuleList of alike modules called 'experts'"
+        )
+    devices = {p.device for site in sites for p in site.module.parameters()}
+    if len(devices) != 1:
+        raise UnsupportedModelError(
+            f"the experts are on several devices ({', '.join(sorted(map(str, devices)))}); "
+            "offload() takes a model on one device"
+        )
+    device = devices.pop()
+    supported = set(TORCH_DTYPES.values())
+    for site in sites:
+        for parameter in site.parameters:
+            if parameter.dtype not in supported:
+                raise UnsupportedModelError(
+                    f"{site.name}.{parameter.name} is {parameter.dtype}, which is not supported; "
+                    "experts must be bfloat16, float16, float32 or float64"
+                )
+    folder = Path(tempfile.mkdtemp(prefix="moe-runtime-", dir=offload_folder))
+    dense_bytes = dense_bytes_of(module, sites)
+    places = _spill(module, sites, folder)
+    dtypes = {n: p.dtype for s in sites for p in s.parameters for n in s.tensor_names(p.name)}
+    tensor_map = build_tensor_map(sites, places, dtypes)
+    budget = plan_budget(
+        memory,
+        tensor_map,
+        sites,
+        dense_bytes=0,  # already in memory
+        available_bytes=available_memory_bytes() + tensor_map.total_bytes,
+    )
+    maths = [
+        prove_math(site.module, site.parameters[0].dtype) if site.is_fused else None
+        for site in sites
+    ]
+    return install(
+        module,
+        sites,
+        maths,
+        tensor_map,
+        budget,
+        policy=policy,
+        device=device,
+        direct=not page_cache,
+        dense_bytes=dense_bytes,
+        spill_folder=folder,
+    )
+
+
+def _spill(root: nn.Module, sites: list[ExpertSite], folder: Path) -> dict[str, Assembly]:
+    """Write each site to a file of its own; full tensor name -> its place."""
+    places = {}
+    for index, site in enumerate(sites):
+        tensors: dict[str, torch.Tensor] = {}
+        for parameter in site.parameters:
+            for name in site.tensor_names(parameter.name):
+                value = root.get_parameter(name).detach()
+                tensors[name] = value.cpu().contiguous()
+        file = folder / f"experts-{index:05d}.safetensors"
+        save_file(tensors, file)
+        places |= {name: Assembly.of(tensor) for name, tensor in read_header(file).items()}
+    return places

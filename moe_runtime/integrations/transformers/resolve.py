@@ -1,0 +1,100 @@
+"""Finds a model's folder and config, on disk or through the hub's cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, PreTrainedConfig
+
+from moe_runtime.errors import CheckpointError, UnsupportedModelError
+
+# Everything a model needs but weights in other formats, which can be as large again.
+_WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model that is on this machine."""
+
+    folder: Path
+    config: PreTrainedConfig
+
+
+def resolve_model(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> ResolvedModel:
+    """The folder of `model`, downloading it if it is a hub id, and its config.
+
+    `HF_HUB_OFFLINE` and `HF_HOME` mean what they mean to huggingface_hub. Raises CheckpointError
+    when nothing can be found and UnsupportedModelError for a config that this version cannot run.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _download(str(model), revision, token, cache_dir, local_files_only)
+    folder = folder / subfolder
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds no config.json; give the folder of a transformers model or a hub id"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} is not a config that the installed transformers knows: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(
+            f"{model} is quantised ({_quantisation(config)}), which is not supported yet; use its "
+            "bfloat16, float16 or float32 checkpoint"
+        )
+    return ResolvedModel(folder, config)
+
+
+def _download(
+    model: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only or constants.HF_HUB_OFFLINE,
+                allow_patterns=list(_WANTED_FILES),
+            )
+        )
+    except HFValidationError:
+        raise CheckpointError(
+            f"{model!r} is neither a folder nor a hub id (such as 'allenai/OLMoE-1B-7B-0924')"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{model!r} is not a folder, is not in the hub cache, and cannot be downloaded now "
+            "(offline, or HF_HUB_OFFLINE is set): check the path or the connection"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{model!r} cannot be downloaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _quantisation(config: PreTrainedConfig) -> str:
+    settings = config.quantization_config
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    return str(method or getattr(settings, "quant_method", "unknown method"))

@@ -1,0 +1,257 @@
+"""Reads extents of files into blobs, past the page cache where the file system allows."""
+
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_runtime.errors import ExpertReadError
+from moe_runtime.memory.expert_load import ExpertLoad
+from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.tensor_map import ByteMove, Extent, StridedMove
+
+# Direct reads of 1 to 2 MiB, two at a time, reach the rate of larger and deeper ones (measured on
+# virtio disks), and a small piece is copied into its slot while the next one arrives.
+CHUNK_BYTES = 2 * 2**20
+NUM_THREADS = 2
+_PAGE_BYTES = 4096
+
+Blob = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenFile:
+    path: Path
+    descriptor: int
+    num_bytes: int
+    modified_ns: int
+    block_bytes: int  # reads start and end on multiples of this; 1 through the page cache
+
+
+class DiskReader:
+    """Owns open files, a small pool of threads and their aligned buffers.
+
+    `direct` asks for O_DIRECT reads, which leave the page cache alone, so that a memory budget is
+    one; where the file system refuses, reads go through the page cache and `is_direct` says so.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[Path],
+        *,
+        direct: bool = True,
+        num_threads: int = NUM_THREADS,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self._files = {}
+        try:
+            for path in files:
+                self._files[path] = _open(path, direct)
+        except BaseException:
+            self._close_files()
+            raise
+        self._chunk_bytes = chunk_bytes
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="moe-runtime-disk")
+        # Before its first read every thread takes one buffer from here: all memory is known now.
+        self._buffers = deque(
+            _aligned_buffer(chunk_bytes + 2 * _PAGE_BYTES) for _ in range(num_threads)
+        )
+        self._counter_lock = threading.Lock()
+        self._bytes_read = 0
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every file is read past the page cache."""
+        return all(file.block_bytes > 1 for file in self._files.values())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes asked of the operating system so far, alignment included."""
+        return self._bytes_read
+
+    def submit(
+        self,
+        extents: tuple[Extent, ...],
+        layout: ExpertLayout,
+        blob: Blob,
+        on_complete: Callable[[], None] | None = None,
+    ) -> ExpertLoad:
+        """Start reading one expert into `blob`; `on_complete` runs once, before waiters wake."""
+        jobs: list[Callable[[], None]] = []
+        for extent in extents:
+            if isinstance(extent.moves[0], ByteMove):
+                jobs += self._chunk_jobs(extent, blob)
+            else:
+                jobs.append(lambda e=extent: self._read_strided(e, layout, blob))  # type: ignore[misc]
+        load = ExpertLoad(len(jobs))
+        for job in jobs:
+            self._pool.submit(self._run, job, load, on_complete)
+        return load
+
+    def close(self) -> None:
+        """Finish the reads under way, end the threads and close the files."""
+        self._pool.shutdown(wait=True, cancel_futures=False)
+        self._close_files()
+
+    def _close_files(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1].descriptor)
+
+    def _run(
+        self,
+        job: Callable[[], None],
+        load: ExpertLoad,
+        on_complete: Callable[[], None] | None,
+    ) -> None:
+        error: BaseException | None = None
+        try:
+            job()
+        except BaseException as caught:  # carried to whoever waits for the expert
+            error = caught
+        if load.finish_one(error) and on_complete is not None:
+            try:
+                on_complete()
+            except BaseException as caught:
+                load.fail(caught)
+        if load.remaining == 0:
+            load.close()
+
+    def _chunk_jobs(self, extent: Extent, blob: Blob) -> list[Callable[[], None]]:
+        """Equal chunks of an extent of plain bytes, each a read and its copies."""
+        file = self._files[extent.file]
+        num_chunks = -(-extent.num_bytes // self._chunk_bytes)
+        step = -(-extent.num_bytes // num_chunks)
+        # Inner borders on whole pages: neighbours read no block twice.
+        borders = [extent.offset]
+        for i in range(1, num_chunks):
+            borders.append((extent.offset + i * step) // _PAGE_BYTES * _PAGE_BYTES)
+        borders.append(extent.offset + extent.num_bytes)
+        jobs: list[Callable[[], None]] = []
+        for start, end in zip(borders, borders[1:], strict=False):
+            moves = [
+                (max(m.file_offset, start), min(m.file_offset + m.num_bytes, end), m)
+                for m in extent.moves
+                if isinstance(m, ByteMove)
+            ]
+            copies = [
+                (first - start, last - first, m.blob_offset + first - m.file_offset)
+                for first, last, m in moves
+                if first < last
+            ]
+            jobs.append(
+                lambda f=file, s=start, n=end - start, c=copies: self._read_plain(f, s, n, c, blob)  # type: ignore[misc]
+            )
+        return jobs
+
+    def _read_plain(
+        self,
+        file: _OpenFile,
+        offset: int,
+        num_bytes: int,
+        copies: list[tuple[int, int, int]],
+        blob: Blob,
+    ) -> None:
+        buffer = self._buffers.pop()
+        try:
+            data = self._read(file, offset, num_bytes, buffer)
+            for source, length, destination in copies:
+                np.copyto(blob[destination : destination + length], data[source : source + length])
+        finally:
+            self._buffers.append(buffer)
+
+    def _read_strided(self, extent: Extent, layout: ExpertLayout, blob: Blob) -> None:
+        file = self._files[extent.file]
+        buffer = _aligned_buffer(extent.num_bytes + 2 * _PAGE_BYTES)
+        data = torch.from_numpy(self._read(file, extent.offset, extent.num_bytes, buffer))
+        views = layout.views(torch.from_numpy(blob))
+        for move in extent.moves:
+            assert isinstance(move, StridedMove)
+            first = move.file_offset - extent.offset
+            # A tensor's first byte may stand at an odd address; view() wants it aligned.
+            source = data[first : first + move.num_bytes]
+            if (source.data_ptr()) % move.dtype.itemsize:
+                source = source.clone()
+            target = views[move.parameter.name]
+            for dim, (start, length) in enumerate(zip(move.start, move.size, strict=True)):
+                target = target.narrow(dim, start, length)
+            target.copy_(source.view(move.dtype).as_strided(move.size, move.stride))
+
+    def _read(self, file: _OpenFile, offset: int, num_bytes: int, buffer: mmap.mmap) -> Blob:
+        """Exactly the wanted bytes, as a view into `buffer`. Raises ExpertReadError."""
+        block = file.block_bytes
+        start = offset // block * block
+        end = -(-(offset + num_bytes) // block) * block
+        window = memoryview(buffer)
+        done = 0
+        while start + done < offset + num_bytes:
+            try:
+                count = os.preadv(file.descriptor, [window[done : end - start]], start + done)
+            except OSError as error:
+                raise ExpertReadError(
+                    f"reading {file.path} at offset {start + done} failed: {error.strerror}; "
+                    "check the disk, then load the model again"
+                ) from error
+            if count == 0:
+                raise ExpertReadError(
+                    f"{file.path} ends at offset {start + done}, and {offset + num_bytes} was "
+                    "expected: it was truncated while in use; restore it and load the model again"
+                )
+            done += count
+            if done % block and start + done < offset + num_bytes:
+                done -= done % block  # direct reads go on from a block border
+        status = os.fstat(file.descriptor)
+        if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns):
+            raise ExpertReadError(
+                f"{file.path} changed while in use (read at offset {offset}); load the model again"
+            )
+        with self._counter_lock:
+            self._bytes_read += done
+        return np.frombuffer(buffer, np.uint8, num_bytes, offset - start)
+
+
+def _open(path: Path, direct: bool) -> _OpenFile:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise ExpertReadError(f"{path} cannot be opened: {error.strerror}") from error
+    block_bytes = 1
+    if direct:
+        direct_descriptor, block_bytes = _open_direct(path)
+        if direct_descriptor is not None:
+            os.close(descriptor)
+            descriptor = direct_descriptor
+    status = os.fstat(descriptor)
+    return _OpenFile(path, descriptor, status.st_size, status.st_mtime_ns, block_bytes)
+
+
+def _open_direct(path: Path) -> tuple[int | None, int]:
+    """A descriptor for direct reads and the block they need, or (None, 1)."""
+    flag = getattr(os, "O_DIRECT", 0)
+    if not flag:
+        return None, 1
+    try:
+        descriptor = os.open(path, os.O_RDONLY | flag)
+    except OSError:
+        return None, 1
+    probe = memoryview(_aligned_buffer(2 * _PAGE_BYTES))
+    # The second read tells whether memory and offset may be aligned to less than a page.
+    for block in (512, _PAGE_BYTES):
+        try:
+            os.preadv(descriptor, [probe[block : 2 * block]], block)
+        except OSError:
+            continue
+        return descriptor, block
+    os.close(descriptor)
+    return None, 1
+
+
+def _aligned_buffer(num_bytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES)

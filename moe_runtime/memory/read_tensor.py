@@ -1,0 +1,48 @@
+"""Reads one whole tensor of a checkpoint into fresh memory."""
+
+import os
+
+import numpy as np
+import torch
+
+from moe_runtime.errors import CheckpointError
+from moe_runtime.memory.safetensors_header import FileTensor
+
+_TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+def read_tensor(tensor: FileTensor) -> torch.Tensor:
+    """The tensor, read with plain reads: a mapped file would count its pages to this process.
+
+    Raises CheckpointError when the dtype is not one that a dense weight has, or the read fails.
+    """
+    if tensor.dtype not in _TORCH_DTYPES:
+        raise CheckpointError(
+            f"{tensor} has a dtype that is not supported; use a bfloat16, float16 or float32 "
+            "checkpoint"
+        )
+    data = np.empty(tensor.num_bytes, np.uint8)
+    try:
+        with tensor.file.open("rb", buffering=0) as stream:
+            window, done = memoryview(data), 0
+            while done < tensor.num_bytes:
+                count = os.preadv(stream.fileno(), [window[done:]], tensor.offset + done)
+                if count == 0:
+                    raise CheckpointError(
+                        f"{tensor.file} ends inside {tensor.name} at offset {tensor.offset + done}"
+                    )
+                done += count
+            # The bytes are ours now; the page cache is better spent on something else.
+            os.posix_fadvise(
+                stream.fileno(), tensor.offset, tensor.num_bytes, os.POSIX_FADV_DONTNEED
+            )
+    except OSError as error:
+        raise CheckpointError(
+            f"reading {tensor.name} from {tensor.file} at offset {tensor.offset} failed: "
+            f"{error.strerror}"
+        ) from error
+    return torch.from_numpy(data).view(_TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
