@@ -25,7 +25,7 @@ class ExpertMemory:
 
     @classmethod
     def parse(cls, value: "str | int | float | ExpertMemory") -> "ExpertMemory":
-        """Read 'auto', '512MiB' (binary) or '512MB' (decimal), '33%', a share in (0, 1], or bytes."""
+        """Read 'auto', '512MiB' (binary), '512MB' (decimal), '33%', a share up to 1, or bytes."""
         if isinstance(value, ExpertMemory):
             return value
         if isinstance(value, bool):

@@ -1,5 +1,6 @@
 """Reads extents of files into blobs, past the page cache where the file system allows."""
 
+import itertools
 import mmap
 import os
 import threading
@@ -135,7 +136,7 @@ class DiskReader:
             borders.append((extent.offset + i * step) // _PAGE_BYTES * _PAGE_BYTES)
         borders.append(extent.offset + extent.num_bytes)
         jobs: list[Callable[[], None]] = []
-        for start, end in zip(borders, borders[1:], strict=False):
+        for start, end in itertools.pairwise(borders):
             moves = [
                 (max(m.file_offset, start), min(m.file_offset + m.num_bytes, end), m)
                 for m in extent.moves

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Every parameter starts on a cache line: CPU matrix kernels may sum in another order on weights that
-# do not, and outputs would then differ in the last bit from the unmodified model's.
+# Every parameter starts on a cache line: CPU matrix kernels may sum in another order on weights
+# that do not, and outputs would then differ in the last bit from the unmodified model's.
 ALIGNMENT_BYTES = 64
 
 TORCH_DTYPES = {

@@ -1,6 +1,7 @@
 """Reads one whole tensor of a checkpoint into fresh memory."""
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ def read_tensor(tensor: FileTensor) -> torch.Tensor:
             f"{tensor} has a dtype that is not supported; use a bfloat16, float16 or float32 "
             "checkpoint"
         )
-    data = np.empty(tensor.num_bytes, np.uint8)
+    data: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(tensor.num_bytes, np.uint8)
     try:
         with tensor.file.open("rb", buffering=0) as stream:
-            window, done = memoryview(data), 0
+            window, done = memoryview(data.data), 0
             while done < tensor.num_bytes:
                 count = os.preadv(stream.fileno(), [window[done:]], tensor.offset + done)
                 if count == 0:

@@ -50,7 +50,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """One MoE layer: its layout and, per parameter, the assembly with the expert dimension first."""
+    """One MoE layer: its layout and each parameter's assembly, the expert dimension first."""
 
     num_experts: int
     layout: ExpertLayout

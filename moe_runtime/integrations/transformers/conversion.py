@@ -132,7 +132,7 @@ def assemble(
     checkpoint: Checkpoint,
     wanted: Iterable[str],
 ) -> tuple[dict[str, Assembly], list[str]]:
-    """Where the parameters `wanted` of `model` lie in `checkpoint`, and the names of all other tensors.
+    """Where the parameters `wanted` of `model` lie in `checkpoint`, and the other tensors' names.
 
     Runs the conversions that `from_pretrained` would run (renamings, then at most one converter per
     tensor), on symbols instead of weights. Raises CheckpointError, naming the parameter, when
@@ -155,7 +155,7 @@ def assemble(
         if not wanted.intersection(targets):
             others.append(name)
             continue
-        if converter is None:
+        if converter is None or pattern is None:
             transform = transforms.setdefault(target, WeightRenaming(name, target))
             pattern = name
         else:

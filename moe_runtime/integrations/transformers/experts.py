@@ -1,6 +1,5 @@
 """Experts modules whose weights live in slots, standing where transformers' modules stood."""
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -68,7 +67,7 @@ class OffloadedExperts(OffloadedModule):
     _num_experts: int
     _argument_names: tuple[str, ...]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         hidden_TD, top_k_index_TK, top_k_weights_TK = (
             *args,
@@ -110,7 +109,7 @@ class OffloadedExpert(OffloadedModule):
     _expert: int
     _places: dict[str, tuple[nn.Module, str]]  # parameter name -> owner and its attribute
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
         needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -143,7 +142,8 @@ def reference_forward(experts_class: type) -> Callable[..., torch.Tensor]:
         for c in experts_class.__mro__
         if "forward" in c.__dict__ and not issubclass(c, OffloadedModule)
     )
-    return inspect.unwrap(forward)
+    reference: Callable[..., torch.Tensor] = inspect.unwrap(forward)
+    return reference
 
 
 def argument_names(experts_class: type) -> tuple[str, ...]:
@@ -151,7 +151,6 @@ def argument_names(experts_class: type) -> tuple[str, ...]:
     return tuple(inspect.signature(reference_forward(experts_class)).parameters)[1:4]
 
 
-@functools.cache
 def offloaded_class(base: type[nn.Module], mixin: type[OffloadedModule]) -> type[nn.Module]:
     """`base` with `mixin` before it; keeps its name, so that reports read as before."""
     return type(base.__name__, (mixin, base), {"__module__": base.__module__})
@@ -197,7 +196,7 @@ class _ReferenceParameter:
 
 def _without_backward(output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
     """`output`, tied to `inputs` so that a backward pass through it raises instead of lying."""
-    result: torch.Tensor = _WithoutBackward.apply(output, *inputs)
+    result: torch.Tensor = _WithoutBackward.apply(output, *inputs)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -78,7 +78,7 @@ class Handle:
             root.__dict__["_apply"] = _GuardedApply(root, guard)
 
     def report(self) -> dict[str, Any]:
-        """`cache`, `memory` and `settings` as `generate --json` prints them; counts since loading."""
+        """`cache`, `memory` and `settings` of `generate --json`; counts are since loading."""
         cache = self.engine.cache
         per_layer = [
             {
@@ -140,10 +140,11 @@ class Handle:
             site.num_experts * self.engine.tensor_map.layers[layer].layout.weight_bytes
             for layer, site in enumerate(self._sites)
         )
-        if self._device.type == "cpu" and needed > available_memory_bytes():
+        free = available_memory_bytes()
+        if self._device.type == "cpu" and needed > free:
             raise BudgetError(
-                f"restoring takes {format_bytes(needed)} and {format_bytes(available_memory_bytes())} "
-                "are free; close other programs, or keep the experts offloaded"
+                f"restoring takes {format_bytes(needed)} and {format_bytes(free)} are free; "
+                "close other programs, or keep the experts offloaded"
             )
         restored = [self._read_site(layer, site) for layer, site in enumerate(self._sites)]
         self._detach()
@@ -254,7 +255,7 @@ class _GuardedApply:
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._guard.check_move(fn)
-        return type(self._root)._apply(self._root, fn, recurse)
+        return type(self._root)._apply(self._root, fn, recurse)  # type: ignore[no-untyped-call]
 
 
 def handle(model: nn.Module) -> Handle:

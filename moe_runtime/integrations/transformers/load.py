@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -61,11 +61,11 @@ def load(
     trust_remote_code: bool = False,
     **from_pretrained_kwargs: Any,
 ) -> PreTrainedModel:
-    """A transformers causal language model whose experts are read from disk when a token needs them.
+    """A transformers causal language model whose experts are read from disk when needed.
 
-    `model` is a folder or a hub id. `expert_memory` bounds the memory that experts take: 'auto' (all
-    if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert bytes)
-    or bytes. `policy` is 'lru' or 'lfu'. Reads bypass the page cache unless `page_cache`.
+    `model` is a folder or a hub id. `expert_memory` bounds the memory that experts take: 'auto'
+    (all if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert
+    bytes) or bytes. `policy` is 'lru' or 'lfu'. Reads bypass the page cache unless `page_cache`.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. Other arguments are those of `from_pretrained`.
 
@@ -99,7 +99,7 @@ def load(
     result: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
     result.__class__ = model_class
     if device.type != "cpu":
-        result.to(device)
+        result.to(device)  # type: ignore[arg-type]  # PreTrainedModel.to is mistyped
     made = plan.made
     if made is None:
         raise UnsupportedModelError(f"{model} loaded without replacing any experts module")
@@ -115,7 +115,7 @@ def load(
         dense_bytes=made.dense_bytes,
     )
     logger.info("%s: %s", model, handle.placement())
-    return loaded  # type: ignore[no-any-return]
+    return loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def _loading_class(model_class: type[PreTrainedModel], plan: _Plan) -> type[PreT
     def load_pretrained(
         model: PreTrainedModel,
         state_dict: object,
-        checkpoint_files: object,
+        checkpoint_files: Any,
         load_config: Any,
         *args: Any,
         **kwargs: Any,
@@ -232,14 +232,14 @@ def _empty(site: ExpertSite) -> None:
     if site.is_fused:
         for parameter in site.parameters:
             del site.module._parameters[parameter.name]
-        site.module._is_hf_initialized = True
+        site.module.__dict__["_is_hf_initialized"] = True
         return
     for module in site.module.children():
         for parameter in site.parameters:
             path, _, attribute = parameter.name.rpartition(".")
             owner = module.get_submodule(path)
             owner._parameters[attribute] = None
-            owner._is_hf_initialized = True
+            owner.__dict__["_is_hf_initialized"] = True
 
 
 def _load_dtypes(
@@ -272,7 +272,7 @@ def _model_class(
             f"model type {config.model_type!r} has no causal language model in transformers; "
             "moe_runtime loads the models of AutoModelForCausalLM"
         )
-    found = mapping[type(config)]
+    found: Any = mapping[type(config)]
     classes: tuple[type[PreTrainedModel], ...] = found if isinstance(found, tuple) else (found,)
     named = {c.__name__: c for c in classes}
     return next((named[name] for name in config.architectures or () if name in named), classes[0])

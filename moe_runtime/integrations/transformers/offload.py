@@ -49,8 +49,9 @@ def offload(
     sites = find_sites(module)
     if not sites:
         raise UnsupportedModelError(
-            f"{type(module).__name__} holds no experts that moe_runtime can offload: neither a fused "
-            "experts module of transformers 5 nor a ModuleList of alike modules called 'experts'"
+            f"{type(module).__name__} holds no experts that moe_runtime can offload: neither a "
+            "fused experts module of transformers 5 nor a ModuleList of alike modules called "
+            "'experts'"
         )
     devices = {p.device for site in sites for p in site.module.parameters()}
     if len(devices) != 1:
@@ -99,7 +100,7 @@ def offload(
 
 def _spill(root: nn.Module, sites: list[ExpertSite], folder: Path) -> dict[str, Assembly]:
     """Write each site to a file of its own; full tensor name -> its place."""
-    places = {}
+    places: dict[str, Assembly] = {}
     for index, site in enumerate(sites):
         tensors: dict[str, torch.Tensor] = {}
         for parameter in site.parameters:

@@ -51,8 +51,6 @@ def expert_math(module: nn.Module, accumulator: Accumulator) -> ExpertMath | Non
 def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     small, weights = _small_copy(module, dtype, generator)
-    if small is None:
-        return False
     math = expert_math(small, math.accumulator) or math
     hidden_dim = weights[0]["down_proj"].shape[0 if not math.is_transposed else 1]
     hidden = torch.randn(_NUM_TOKENS, hidden_dim, generator=generator).to(dtype)
@@ -73,38 +71,38 @@ def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
 
 def _small_copy(
     module: nn.Module, dtype: torch.dtype, generator: torch.Generator
-) -> tuple[nn.Module | None, list[Weights]]:
-    """`module` with a few experts of a narrow ffn and real numbers; None if it cannot be made."""
+) -> tuple[nn.Module, list[Weights]]:
+    """`module` with a few experts of a narrow ffn and random numbers, and their weights."""
     small = copy.copy(module)
     small._parameters = {}
-    small._modules = dict(module._modules)
-    small.num_experts = _NUM_EXPERTS
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    ffn = min(_FFN, module.down_proj.shape[1 if module.is_transposed else 2])  # type: ignore[index, union-attr]
-    narrow = {up: 2 * ffn if module.has_gate else ffn, f"{up}_bias": 2 * ffn}
-    if not module.has_gate:
-        narrow[f"{up}_bias"] = ffn
+    small._modules = {name: _real(child, generator) for name, child in module.named_children()}
+    small.__dict__["num_experts"] = _NUM_EXPERTS
     for name, parameter in module.named_parameters(recurse=False):
         shape = list(parameter.shape)
         shape[0] = _NUM_EXPERTS
-        if name in narrow:
-            shape[2 if module.is_transposed and parameter.dim() == 3 else 1] = narrow[name]
-        elif name == "down_proj":
-            shape[1 if module.is_transposed else 2] = ffn
-        scale = shape[-1] ** -0.5
-        values = torch.randn(shape, generator=generator) * scale
+        # The ffn dimension is the output of gate|up (its last in a bias) and the input of down.
+        is_output = name != "down_proj"
+        if name != "down_proj_bias":
+            at = -1 if parameter.dim() == 2 or is_output == bool(module.is_transposed) else -2
+            shape[at] = min(shape[at], _FFN * (2 if module.has_gate and is_output else 1))
+        values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         small._parameters[name] = nn.Parameter(values.to(dtype), requires_grad=False)
-    for name, child in module._modules.items():
-        if child is not None and any(t.is_meta for t in (*child.parameters(), *child.buffers())):
-            child = copy.deepcopy(child).to_empty(device="cpu")
-            for tensor in (*child.parameters(), *child.buffers()):
-                nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
-            small._modules[name] = child
     weights = [
         {name: p[expert] for name, p in small._parameters.items() if p is not None}
         for expert in range(_NUM_EXPERTS)
     ]
     return small, weights
+
+
+def _real(child: nn.Module, generator: torch.Generator) -> nn.Module:
+    """`child`, with random numbers if it is still on the meta device."""
+    tensors = (*child.parameters(), *child.buffers())
+    if not any(tensor.is_meta for tensor in tensors):
+        return child
+    child = copy.deepcopy(child).to_empty(device="cpu")
+    for tensor in (*child.parameters(), *child.buffers()):
+        nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
+    return child
 
 
 class _InMemory:
