@@ -71,7 +71,7 @@ class ExpertEngine:
         blob = self.slots.blob(slot)
         self._loads[key] = self.reader.submit(
             self.tensor_map.extents(key),
-            self.tensor_map.layers[key.layer].layout,
+            self.tensor_map.layout(key),
             blob,
             on_complete=lambda: self.slots.commit(slot, blob),
         )
@@ -92,7 +92,6 @@ class LayerAccess:
 
     def __init__(self, engine: ExpertEngine, keys: list[ExpertKey]) -> None:
         self._engine = engine
-        self._layout = engine.tensor_map.layers[keys[0].layer].layout if keys else None
         self._waiting: dict[ExpertKey, Access] = {}  # by the key whose release they need
         self._accesses: dict[int, Access] = {}
         self._started: set[ExpertKey] = set()
@@ -118,8 +117,7 @@ class LayerAccess:
         if load is not None:
             load.wait()
             self._engine._loads.pop(access.key, None)
-        assert self._layout is not None
-        return self._engine.slots.views(access.slot, self._layout)
+        return self._engine.slots.views(access.slot, self._engine.tensor_map.layout(access.key))
 
     def release(self, expert: int) -> None:
         """`expert` is used for this forward; its slot may be read into."""

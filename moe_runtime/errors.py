@@ -23,3 +23,7 @@ class UnsupportedModelError(MoERuntimeError, ValueError):
 
 class OffloadedExpertsError(MoERuntimeError, RuntimeError):
     """An operation needs all experts in memory, and they are offloaded."""
+
+
+class ParityError(MoERuntimeError):
+    """Outputs differ from the unmodified model's, or the two could not be compared."""

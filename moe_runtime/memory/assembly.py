@@ -37,12 +37,8 @@ class Assembly:
     @classmethod
     def of(cls, tensor: FileTensor) -> "Assembly":
         """The assembly that is one whole file tensor."""
-        stride, step = [], 1
-        for length in reversed(tensor.shape):
-            stride.append(step)
-            step *= length
         zeros = (0,) * len(tensor.shape)
-        box = Box(tensor, zeros, tensor.shape, tuple(reversed(stride)), 0)
+        box = Box(tensor, zeros, tensor.shape, row_major(tensor.shape), 0)
         return cls(tensor.shape, (box,))
 
     def select(self, dim: int, index: int) -> "Assembly":
@@ -164,6 +160,15 @@ class Assembly:
     def _dim(self, dim: int) -> int:
         assert -len(self.shape) <= dim < len(self.shape), (self.shape, dim)
         return dim % len(self.shape)
+
+
+def row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides, in elements, of a dense tensor of `shape`."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
 
 
 def concatenate(parts: Sequence[Assembly], dim: int) -> Assembly:

@@ -53,7 +53,7 @@ class Checkpoint(Mapping[str, FileTensor]):
 def _read_index(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(
             f"{index} is damaged: it has no JSON object 'weight_map'; download it again"
         ) from None
@@ -72,7 +72,7 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, FileTens
                 f"{folder / INDEX_NAME} names {shard!r}, which leaves the model folder; "
                 "do not use this checkpoint"
             )
-        if not (folder / shard).is_file():
+        if not _is_file(folder / shard):
             raise CheckpointError(
                 f"{folder / INDEX_NAME} names shard {shard!r}, which does not exist; "
                 "download the checkpoint completely"
@@ -87,3 +87,10 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, FileTens
             )
         tensors[name] = headers[shard][name]
     return tensors
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False

@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-# Every parameter starts on a cache line: CPU matrix kernels may sum in another order on weights
-# that do not, and outputs would then differ in the last bit from the unmodified model's.
+# A cache line. CPU matrix kernels may sum in another order on weights that stand elsewhere in one,
+# so a weight's phase, its address modulo this, is part of what the unmodified model computes.
 ALIGNMENT_BYTES = 64
 
 TORCH_DTYPES = {
@@ -37,14 +37,32 @@ class ExpertLayout:
     num_bytes: int  # of the blob, with alignment
 
     @classmethod
-    def pack(cls, parameters: Sequence[tuple[str, tuple[int, ...], torch.dtype]]) -> "ExpertLayout":
-        """Place (name, shape, dtype) one after the other, each on a cache line."""
+    def pack(
+        cls,
+        parameters: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
+        *,
+        with_phases: bool = False,
+    ) -> "ExpertLayout":
+        """Place (name, shape, dtype) one after the other, each on a cache line.
+
+        `with_phases` leaves room for `at()`.
+        """
         specs, end = [], 0
         for name, shape, dtype in parameters:
             spec = ParameterSpec(name, shape, dtype, end)
             specs.append(spec)
             end += -(-spec.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            end += ALIGNMENT_BYTES if with_phases else 0
         return cls(tuple(specs), end)
+
+    def at(self, phases: Sequence[int]) -> "ExpertLayout":
+        """The same blob with each parameter `phases[i]` bytes after its cache line's start."""
+        assert all(0 <= phase < ALIGNMENT_BYTES for phase in phases), phases
+        specs = tuple(
+            replace(spec, offset=spec.offset + phase)
+            for spec, phase in zip(self.parameters, phases, strict=True)
+        )
+        return ExpertLayout(specs, self.num_bytes)
 
     @property
     def weight_bytes(self) -> int:
@@ -59,3 +77,10 @@ class ExpertLayout:
             .view(spec.shape)
             for spec in self.parameters
         }
+
+
+def empty_at(num_bytes: int, phase: int) -> torch.Tensor:
+    """Fresh bytes whose address is `phase` modulo a cache line."""
+    memory = torch.empty(num_bytes + 2 * ALIGNMENT_BYTES, dtype=torch.uint8)
+    start = (phase - memory.data_ptr()) % ALIGNMENT_BYTES
+    return memory[start : start + num_bytes]

@@ -1,12 +1,11 @@
 """Reads one whole tensor of a checkpoint into fresh memory."""
 
 import os
-from typing import Any
 
-import numpy as np
 import torch
 
 from moe_runtime.errors import CheckpointError
+from moe_runtime.memory.layout import ALIGNMENT_BYTES, empty_at
 from moe_runtime.memory.safetensors_header import FileTensor
 
 _TORCH_DTYPES = {
@@ -26,10 +25,12 @@ def read_tensor(tensor: FileTensor) -> torch.Tensor:
             f"{tensor} has a dtype that is not supported; use a bfloat16, float16 or float32 "
             "checkpoint"
         )
-    data: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(tensor.num_bytes, np.uint8)
+    # Where a mapped file would put it: matrix kernels see the same address modulo a cache line, and
+    # sum in the same order, as in the unmodified model.
+    data = empty_at(tensor.num_bytes, tensor.offset % ALIGNMENT_BYTES)
     try:
         with tensor.file.open("rb", buffering=0) as stream:
-            window, done = memoryview(data.data), 0
+            window, done = memoryview(data.numpy().data), 0
             while done < tensor.num_bytes:
                 count = os.preadv(stream.fileno(), [window[done:]], tensor.offset + done)
                 if count == 0:
@@ -46,4 +47,4 @@ def read_tensor(tensor: FileTensor) -> torch.Tensor:
             f"reading {tensor.name} from {tensor.file} at offset {tensor.offset} failed: "
             f"{error.strerror}"
         ) from error
-    return torch.from_numpy(data).view(_TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+    return data.view(_TORCH_DTYPES[tensor.dtype]).view(tensor.shape)

@@ -62,7 +62,7 @@ def read_header(file: Path) -> dict[str, FileTensor]:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     try:
         header = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _damaged(file, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(file, "its header is not a JSON object")
@@ -80,7 +80,7 @@ def _file_tensor(file: Path, name: str, entry: object, data_start: int) -> FileT
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise _damaged(file, f"tensor {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _damaged(file, f"tensor {name!r} has unknown dtype {dtype!r}")
     if not _are_counts(shape):
         raise _damaged(file, f"tensor {name!r} has shape {shape!r}")

@@ -1,14 +1,14 @@
 """Which bytes of which files make one expert's blob."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from moe_runtime.expert import ExpertKey
-from moe_runtime.memory.assembly import Assembly, Box
+from moe_runtime.memory.assembly import Assembly, Box, row_major
 from moe_runtime.memory.layout import TORCH_DTYPES, ExpertLayout, ParameterSpec
 
 
@@ -50,11 +50,16 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """One MoE layer: its layout and each parameter's assembly, the expert dimension first."""
+    """One MoE layer: its layout and each parameter's assembly, the expert dimension first.
+
+    `phases[name][e]` is the address modulo a cache line at which the unmodified model would hold
+    parameter `name` of expert `e`; without them every parameter starts on a cache line.
+    """
 
     num_experts: int
     layout: ExpertLayout
     parameters: Mapping[str, Assembly]
+    phases: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 class TensorMap:
@@ -64,6 +69,7 @@ class TensorMap:
         self.layers = tuple(layers)
         # Per expert: a plan is asked for at every miss, and costs tens of microseconds to make.
         self.extents = lru_cache(maxsize=None)(self._extents)
+        self.layout = lru_cache(maxsize=None)(self._layout)
 
     def files(self) -> list[Path]:
         """Every file that holds a part of an expert, in name order."""
@@ -91,11 +97,18 @@ class TensorMap:
         """Experts of all layers together."""
         return sum(layer.num_experts for layer in self.layers)
 
+    def _layout(self, key: ExpertKey) -> ExpertLayout:
+        """Where the parameters of `key` stand in its blob."""
+        layer = self.layers[key.layer]
+        if not layer.phases:
+            return layer.layout
+        return layer.layout.at([layer.phases[s.name][key.expert] for s in layer.layout.parameters])
+
     def _extents(self, key: ExpertKey) -> tuple[Extent, ...]:
         layer = self.layers[key.layer]
         byte_moves: dict[Path, list[ByteMove]] = {}
         strided_moves: dict[Path, list[StridedMove]] = {}
-        for spec in layer.layout.parameters:
+        for spec in self.layout(key).parameters:
             for box in layer.parameters[spec.name].select(0, key.expert).boxes:
                 if _is_plain(box, spec):
                     byte_moves.setdefault(box.source.file, []).append(_byte_move(box, spec))
@@ -129,14 +142,6 @@ def _coalesce(file: Path, moves: Sequence[ByteMove | StridedMove]) -> list[Exten
     ]
 
 
-def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for length in reversed(shape):
-        strides.append(step)
-        step *= length
-    return tuple(reversed(strides))
-
-
 def _is_plain(box: Box, spec: ParameterSpec) -> bool:
     """Whether the box is one run of bytes in the file and in the blob, of the same dtype."""
     if TORCH_DTYPES[box.source.dtype] != spec.dtype:
@@ -145,13 +150,13 @@ def _is_plain(box: Box, spec: ParameterSpec) -> bool:
     whole_rows = all(box.size[d] == spec.shape[d] for d in range(leading + 1, len(spec.shape)))
     dense = all(
         length == 1 or stride == step
-        for length, stride, step in zip(box.size, box.stride, _row_major(box.size), strict=True)
+        for length, stride, step in zip(box.size, box.stride, row_major(box.size), strict=True)
     )
     return whole_rows and dense
 
 
 def _byte_move(box: Box, spec: ParameterSpec) -> ByteMove:
-    first = sum(s * step for s, step in zip(box.start, _row_major(spec.shape), strict=True))
+    first = sum(s * step for s, step in zip(box.start, row_major(spec.shape), strict=True))
     count = 1
     for length in box.size:
         count *= length

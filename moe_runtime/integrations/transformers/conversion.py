@@ -115,14 +115,15 @@ def _reshape(assembly: Assembly, shape: list[int]) -> Assembly:
     old = list(assembly.shape)
     if old == shape:
         return assembly
-    for dim in range(min(len(old), len(shape))):
-        if old[dim] == shape[dim]:
-            continue
-        if len(shape) == len(old) + 1 and old[dim + 1 :] == shape[dim + 2 :]:
-            return assembly.split_dim(dim, shape[dim], shape[dim + 1])
-        if len(shape) == len(old) - 1 and old[dim + 2 :] == shape[dim + 1 :]:
-            return assembly.merge_dims(dim)
-        break
+    if len(shape) == len(old) + 1:
+        for dim, length in enumerate(old):
+            parts = shape[dim : dim + 2]
+            if length == parts[0] * parts[1] and shape == [*old[:dim], *parts, *old[dim + 1 :]]:
+                return assembly.split_dim(dim, parts[0], parts[1])
+    if len(shape) == len(old) - 1:
+        for dim in range(len(shape)):
+            if shape == [*old[:dim], old[dim] * old[dim + 1], *old[dim + 2 :]]:
+                return assembly.merge_dims(dim)
     raise NotImplementedError(f"a checkpoint conversion reshapes {old} to {shape}")
 
 

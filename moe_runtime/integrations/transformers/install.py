@@ -1,5 +1,6 @@
 """Builds engine and handle for sites whose bytes are known."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from moe_runtime.integrations.transformers.budget import Budget
 from moe_runtime.integrations.transformers.handle import Handle, Settings
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.layer import ExpertMath
-from moe_runtime.memory.assembly import Assembly, stack
+from moe_runtime.memory.assembly import Assembly, row_major, stack
 from moe_runtime.memory.disk import DiskReader
-from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
 from moe_runtime.memory.slots import allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
@@ -34,19 +35,54 @@ def build_tensor_map(
     sites: Sequence[ExpertSite],
     places: Mapping[str, Assembly],
     dtypes: Mapping[str, torch.dtype],
+    phases: Mapping[str, int],
 ) -> TensorMap:
-    """One entry a site, from where each of its tensors lies; `dtypes` by site tensor name."""
+    """One entry a site, from where each of its tensors lies.
+
+    `dtypes` and `phases` (addresses modulo a cache line in the unmodified model) are by full tensor
+    name.
+    """
     layers = []
     for site in sites:
-        parameters, packed = {}, []
+        parameters, packed, expert_phases = {}, [], {}
         for parameter in site.parameters:
             names = site.tensor_names(parameter.name)
             parameters[parameter.name] = (
                 places[names[0]] if site.is_fused else stack([places[n] for n in names], 0)
             )
-            packed.append((parameter.name, parameter.shape, dtypes[names[0]]))
-        layers.append(LayerExperts(site.num_experts, ExpertLayout.pack(packed), parameters))
+            dtype = dtypes[names[0]]
+            packed.append((parameter.name, parameter.shape, dtype))
+            step = math.prod(parameter.shape) * dtype.itemsize
+            expert_phases[parameter.name] = (
+                [(phases[names[0]] + e * step) % ALIGNMENT_BYTES for e in range(site.num_experts)]
+                if site.is_fused
+                else [phases[name] for name in names]
+            )
+        has_phases = any(map(any, expert_phases.values()))
+        layers.append(
+            LayerExperts(
+                site.num_experts,
+                ExpertLayout.pack(packed, with_phases=has_phases),
+                parameters,
+                expert_phases if has_phases else {},
+            )
+        )
     return TensorMap(layers)
+
+
+def loaded_phase(assembly: Assembly, dtype: torch.dtype) -> int:
+    """The address modulo a cache line at which `from_pretrained` holds a parameter on CPU.
+
+    A tensor taken from the file as it is stays a view of the mapped file; one that was cast,
+    stacked or otherwise moved is fresh memory, which starts on a cache line.
+    """
+    box = assembly.boxes[0]
+    is_view = (
+        len(assembly.boxes) == 1
+        and box.stride == row_major(assembly.shape)
+        and TORCH_DTYPES[box.source.dtype] == dtype
+    )
+    return (box.source.offset + box.offset * dtype.itemsize) % ALIGNMENT_BYTES if is_view else 0
 
 
 def install(

@@ -8,24 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
-from moe_runtime.integrations.transformers.conversion import assemble
 from moe_runtime.integrations.transformers.install import (
-    build_tensor_map,
-    dense_bytes_of,
     install,
     make_policy,
 )
 from moe_runtime.integrations.transformers.proof import prove_math
 from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
+from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
 from moe_runtime.layer import ExpertMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.checkpoint import Checkpoint
@@ -89,8 +84,8 @@ def load(
     _refuse_unknown(from_pretrained_kwargs, resolved.config)
     checkpoint = Checkpoint.open(resolved.folder)
     plan = _Plan(checkpoint, memory, max_memory, device)
-    model_class = _model_class(resolved.config, resolved.folder, trust_remote_code)
-    loaded = _loading_class(model_class, plan).from_pretrained(
+    model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
+    loaded = loading_class(model_class, plan.take_experts).from_pretrained(
         resolved.folder,
         local_files_only=True,
         trust_remote_code=trust_remote_code,
@@ -147,35 +142,22 @@ class _Plan:
 
     def take_experts(self, model: PreTrainedModel, load_config: Any) -> "dict[str, _LazyTensor]":
         """Remove experts from `model`; returns the dense tensors left to load."""
-        sites = find_sites(model)
-        if not sites:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no experts that moe_runtime can offload: it is not a "
-                "Mixture-of-Experts model of transformers 5, or a family without "
-                "use_experts_implementation (docs/families.md lists what works)"
-            )
-        names = [n for s in sites for p in s.parameters for n in s.tensor_names(p.name)]
-        places, dense_names = assemble(
-            model, load_config.weight_mapping or [], self._checkpoint, names
-        )
-        dtypes = _load_dtypes(model, names, load_config.dtype_plan or {})
-        tensor_map = build_tensor_map(sites, places, dtypes)
-        dense_bytes = dense_bytes_of(model, sites)
+        found = survey(model, load_config, self._checkpoint)
         accelerated = self._device.type != "cpu"
         budget = plan_budget(
             self._memory,
-            tensor_map,
-            sites,
-            dense_bytes=dense_bytes,
+            found.tensor_map,
+            found.sites,
+            dense_bytes=found.dense_bytes,
             available_bytes=_device_available(self._device),
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
         )
-        maths = _prove(sites, dtypes)
-        for site in sites:
+        maths = _prove(found.sites, found.dtypes)
+        for site in found.sites:
             _empty(site)
-        self.made = _Made(sites, maths, tensor_map, budget, dense_bytes)
-        return {name: _LazyTensor(self._checkpoint[name]) for name in dense_names}
+        self.made = _Made(found.sites, maths, found.tensor_map, budget, found.dense_bytes)
+        return {name: _LazyTensor(self._checkpoint[name]) for name in found.dense_names}
 
 
 class _LazyTensor:
@@ -186,33 +168,6 @@ class _LazyTensor:
 
     def __getitem__(self, index: object) -> torch.Tensor:
         return read_tensor(self._place)
-
-
-def _loading_class(model_class: type[PreTrainedModel], plan: _Plan) -> type[PreTrainedModel]:
-    """`model_class` with one seam opened: the moment when the meta model is complete.
-
-    Everything else (config, dtype, tied weights, fp32 buffers, generation config) is
-    `from_pretrained` as it stands.
-    """
-
-    def load_pretrained(
-        model: PreTrainedModel,
-        state_dict: object,
-        checkpoint_files: Any,
-        load_config: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        dense = plan.take_experts(model, load_config)
-        return model_class._load_pretrained_model(
-            model, dense, checkpoint_files, load_config, *args, **kwargs
-        )
-
-    members = {
-        "_load_pretrained_model": staticmethod(load_pretrained),
-        "__module__": model_class.__module__,
-    }
-    return type(model_class.__name__, (model_class,), members)
 
 
 def _prove(
@@ -242,42 +197,6 @@ def _empty(site: ExpertSite) -> None:
             owner.__dict__["_is_hf_initialized"] = True
 
 
-def _load_dtypes(
-    model: nn.Module, names: list[str], dtype_plan: Mapping[str, torch.dtype]
-) -> dict[str, torch.dtype]:
-    """The dtype that `from_pretrained` would give each parameter."""
-    parameters = dict(model.named_parameters())
-    dtypes = {name: parameters[name].dtype for name in names}
-    if dtype_plan:
-        pattern, by_group, _ = build_glob_alternation(list(dtype_plan))
-        for name in names:
-            match = pattern.search(name)
-            if match is not None and match.lastgroup is not None:
-                dtypes[name] = dtype_plan[by_group[match.lastgroup]]
-    return dtypes
-
-
-def _model_class(
-    config: PreTrainedConfig, folder: Path, trust_remote_code: bool
-) -> type[PreTrainedModel]:
-    auto_map = getattr(config, "auto_map", None) or {}
-    if trust_remote_code and "AutoModelForCausalLM" in auto_map:
-        remote: type[PreTrainedModel] = get_class_from_dynamic_module(
-            auto_map["AutoModelForCausalLM"], str(folder)
-        )
-        return remote
-    mapping = AutoModelForCausalLM._model_mapping
-    if type(config) not in mapping:
-        raise UnsupportedModelError(
-            f"model type {config.model_type!r} has no causal language model in transformers; "
-            "moe_runtime loads the models of AutoModelForCausalLM"
-        )
-    found: Any = mapping[type(config)]
-    classes: tuple[type[PreTrainedModel], ...] = found if isinstance(found, tuple) else (found,)
-    named = {c.__name__: c for c in classes}
-    return next((named[name] for name in config.architectures or () if name in named), classes[0])
-
-
 def _single_device(device_map: Any) -> torch.device:
     if isinstance(device_map, Mapping):
         values = set(device_map.values())
@@ -290,13 +209,25 @@ def _single_device(device_map: Any) -> torch.device:
     if device_map is None:
         return torch.device("cpu")
     if isinstance(device_map, int):
-        return torch.device("cuda", device_map)
+        device_map = f"cuda:{device_map}"
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential", "disk", "meta"):
         raise ValueError(
             f"device_map={device_map!r} is accelerate's; moe_runtime.load() places experts itself: "
             'leave device_map out, or give one device such as "cpu" or "cuda:0"'
         )
-    return torch.device(device_map)
+    try:
+        device = torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device {device_map!r} is unknown; give one such as 'cpu', 'cuda' or 'cuda:0'"
+        ) from None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
+        raise ValueError(
+            f"device {str(device)!r} is not available to torch {torch.__version__} on this machine; "
+            "use 'cpu', or see what moe-runtime doctor says"
+        )
+    return device
 
 
 def _device_available(device: torch.device) -> int:

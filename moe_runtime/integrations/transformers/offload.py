@@ -21,7 +21,7 @@ from moe_runtime.integrations.transformers.proof import prove_math
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.assembly import Assembly
 from moe_runtime.memory.available import available_memory_bytes
-from moe_runtime.memory.layout import TORCH_DTYPES
+from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES
 from moe_runtime.memory.safetensors_header import read_header
 
 
@@ -71,8 +71,14 @@ def offload(
     folder = Path(tempfile.mkdtemp(prefix="moe-runtime-", dir=offload_folder))
     dense_bytes = dense_bytes_of(module, sites)
     places = _spill(module, sites, folder)
-    dtypes = {n: p.dtype for s in sites for p in s.parameters for n in s.tensor_names(p.name)}
-    tensor_map = build_tensor_map(sites, places, dtypes)
+    tensors = {name: module.get_parameter(name) for name in places}
+    tensor_map = build_tensor_map(
+        sites,
+        places,
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+        phases={name: tensor.data_ptr() % ALIGNMENT_BYTES for name, tensor in tensors.items()},
+    )
+    del tensors
     budget = plan_budget(
         memory,
         tensor_map,
