@@ -269,14 +269,15 @@ def greedy_ids(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     return ids[:, input_ids.shape[1] :]
 
 
-def load_unmodified(folder: str | Path) -> PreTrainedModel:
-    """The folder's model as plain transformers loads it, float32 and eager experts."""
+def load_unmodified(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The folder's model as plain transformers loads it, with eager experts."""
     config = AutoConfig.from_pretrained(folder)
     auto = AutoModelForCausalLM
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         auto = getattr(transformers, config.architectures[0])
-    model = auto.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-    align(model)
+    model: PreTrainedModel = auto.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    )
     return model
 
 
@@ -307,7 +308,9 @@ def can_reload(model_type: str, folder: str | Path) -> str | None:
     expected = logits_of(model, prompt())
     try:
         model.save_pretrained(folder)
-        got = logits_of(load_unmodified(folder), prompt())
+        reloaded = load_unmodified(folder)
+        align(reloaded)
+        got = logits_of(reloaded, prompt())
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None if torch.equal(expected, got) else "logits differ"
