@@ -43,6 +43,7 @@ class ExpertEngine:
         # Re-entrant: an interrupt between taking a turn and using it must not block close().
         self._turn = threading.RLock()
         self._is_closed = False
+        self._is_open = False  # between a layer's start and its orderly end
 
     def open_layer(self, layer: int, experts: Sequence[int]) -> "LayerAccess":
         """Start reading what is missing of `experts` (ascending) of `layer`; use it in a `with`."""
@@ -52,10 +53,17 @@ class ExpertEngine:
                 raise OffloadedExpertsError(
                     "the experts of this model were released by close(); load the model again"
                 )
+            if self._is_open:  # a second interrupt cut short the clean-up after a first
+                self._reset()
+            self._is_open = True
             return LayerAccess(self, [ExpertKey(layer, expert) for expert in experts])
         except BaseException:
             self._turn.release()
             raise
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
 
     def close(self) -> None:
         """End the threads, close the files and free the slots. Safe to call twice."""
@@ -69,18 +77,30 @@ class ExpertEngine:
         if self._poison:
             self.slots.poison(slot)
         blob = self.slots.blob(slot)
-        self._loads[key] = self.reader.submit(
+        # In the books before it starts: an interrupt must not lose sight of bytes on their way.
+        load = self._loads[key] = ExpertLoad()
+        self.reader.submit(
             self.tensor_map.extents(key),
             self.tensor_map.layout(key),
             blob,
+            load,
             on_complete=lambda: self.slots.commit(slot, blob),
         )
 
     def _drop_load(self, key: ExpertKey) -> None:
         """`key` leaves its slot: nothing may be written there any more."""
-        load = self._loads.pop(key, None)
+        load = self._loads.get(key)
         if load is not None:
             load.settle()
+            del self._loads[key]
+
+    def _reset(self) -> None:
+        """Forget every expert: an interrupt may have left the plan of a layer half made."""
+        for load in self._loads.values():
+            load.settle()
+        self._loads.clear()
+        self.cache.clear()
+        self._is_open = False
 
 
 class LayerAccess:
@@ -98,7 +118,7 @@ class LayerAccess:
         try:
             self._start(engine.cache.admit(keys))
         except BaseException:
-            self._abandon()
+            engine._reset()
             raise
 
     def is_ready(self, expert: int) -> bool:
@@ -138,6 +158,7 @@ class LayerAccess:
         try:
             if error is not None:
                 self._abandon()
+            self._engine._is_open = False
         finally:
             self._engine._turn.release()
 
@@ -166,6 +187,6 @@ class LayerAccess:
         for key in list(self._engine._loads):
             load = self._engine._loads[key]
             load.settle()
-            if load.error is not None:
+            if not load.has_arrived:
                 self._engine.cache.discard(key)
             del self._engine._loads[key]

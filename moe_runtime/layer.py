@@ -1,6 +1,6 @@
 """The experts of one layer as the reference computes them, fed from slots."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -43,12 +43,29 @@ class Accumulator(Enum):
         return router if self is Accumulator.ROUTER else torch.float32
 
 
+# `weights[i] @ x[i]` for k weights `[N, K]` and k rows `[k, K]` (or one shared `[1, K]`): `[k, N]`.
+RowProduct = Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RowKernel:
+    """Products of one row with each of several experts, bit-equal to `functional.linear`.
+
+    Holds for `num_threads` threads of torch, the number that it was proven with.
+    """
+
+    up: RowProduct
+    down: RowProduct
+    num_threads: int
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertMath:
     """What one expert does to its tokens, by the flags of transformers' experts classes.
 
     `apply_gate` maps gate|up `[n, 2F]` (or up `[n, F]` without a gate) to `[n, F]`; `post_norm`
-    runs on the expert's output `[n, D]`.
+    runs on the expert's output `[n, D]`. With a `row_kernel`, experts that have one row each are
+    computed together.
     """
 
     up_name: str  # "gate_up_proj" or "up_proj"
@@ -57,11 +74,20 @@ class ExpertMath:
     apply_gate: Callable[[torch.Tensor], torch.Tensor]
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None
     accumulator: Accumulator
+    row_kernel: RowKernel | None = None
 
     def __call__(self, x_nD: torch.Tensor, weights: Weights) -> torch.Tensor:
         h = self.apply_gate(self._project(x_nD, weights, self.up_name))
         y_nD = self._project(h, weights, "down_proj")
         return y_nD if self.post_norm is None else self.post_norm(y_nD)
+
+    def rows(
+        self, kernel: RowKernel, x_kD: torch.Tensor, weights: Sequence[Weights]
+    ) -> torch.Tensor:
+        """Row `i` through expert `i`: `[k, D]`. A single row is shared by all."""
+        h_kF = self.apply_gate(kernel.up([w[self.up_name] for w in weights], x_kD))
+        y_kD = kernel.down([w["down_proj"] for w in weights], h_kF)
+        return y_kD if self.post_norm is None else self.post_norm(y_kD)
 
     def _project(self, x: torch.Tensor, weights: Weights, name: str) -> torch.Tensor:
         weight = weights[name]
@@ -88,14 +114,28 @@ class Dispatch:
     ) -> "Dispatch":
         num_tokens = top_k_index_TK.shape[0]
         expert_R, order_R = torch.sort(top_k_index_TK.t().reshape(-1), stable=True)
-        experts, counts = torch.unique_consecutive(expert_R, return_counts=True)
         weight_R1 = top_k_weights_TK.t().reshape(-1)[order_R].unsqueeze(1)
+        experts: list[int] = []
         bounds = [0]
-        for count in counts.tolist():  # sync: the experts to read must be known on the host
-            bounds.append(bounds[-1] + count)
-        # Expert parallelism marks rows of other ranks with `num_experts`, sorted last: no expert.
-        names = [expert for expert in experts.tolist() if expert < num_experts]
-        return cls(names, bounds, order_R % num_tokens, weight_R1)
+        for row, expert in enumerate(expert_R.tolist()):  # sync: the host must know what to read
+            # Expert parallelism marks rows of other ranks with `num_experts`, sorted last.
+            if expert >= num_experts:
+                break
+            if experts and experts[-1] == expert:
+                bounds[-1] = row + 1
+            else:
+                experts.append(expert)
+                bounds.append(row + 1)
+        token_R = order_R % num_tokens if num_tokens > 1 else torch.zeros_like(order_R)
+        return cls(experts, bounds, token_R, weight_R1)
+
+    def num_rows(self, i: int) -> int:
+        """Rows of expert `experts[i]`."""
+        return self.bounds[i + 1] - self.bounds[i]
+
+    def rows(self, i: int) -> slice:
+        """Where the rows of expert `experts[i]` are."""
+        return slice(self.bounds[i], self.bounds[i + 1])
 
 
 def run_experts(
@@ -110,35 +150,71 @@ def run_experts(
     total_TD = torch.zeros_like(
         hidden_TD, dtype=math.accumulator.dtype(hidden_TD.dtype, router_dtype)
     )
-    held: dict[int, torch.Tensor] = {}
+    kernel = math.row_kernel
+    if kernel is not None and kernel.num_threads != torch.get_num_threads():
+        kernel = None  # the proof of equal bits was for another number of threads
+    pending = list(range(len(dispatch.experts)))  # not computed, in order of experts
+    held: dict[int, torch.Tensor] = {}  # computed before their turn
     held_bytes = 0
     turn = 0
-    while turn < len(dispatch.experts):
-        current = _next_to_run(dispatch, access, turn, held, held_bytes)
-        rows = slice(dispatch.bounds[current], dispatch.bounds[current + 1])
-        weights = access.weights(dispatch.experts[current])
-        y_nD = math(hidden_TD[dispatch.token_R[rows]], weights) * dispatch.weight_R1[rows]
-        access.release(dispatch.experts[current])
-        held[current] = y_nD.to(total_TD.dtype)
-        held_bytes += held[current].nbytes
+    while pending:
+        group = _next_group(dispatch, access, pending, held_bytes, kernel is not None)
+        for i, y_nD in _compute(math, kernel, hidden_TD, dispatch, access, group):
+            held[i] = (y_nD * dispatch.weight_R1[dispatch.rows(i)]).to(total_TD.dtype)
+            held_bytes += held[i].nbytes
+            pending.remove(i)
         while turn in held:
-            rows = slice(dispatch.bounds[turn], dispatch.bounds[turn + 1])
-            held_bytes -= held[turn].nbytes
-            total_TD.index_add_(0, dispatch.token_R[rows], held.pop(turn))
+            y_nD = held.pop(turn)
+            held_bytes -= y_nD.nbytes
+            total_TD.index_add_(0, dispatch.token_R[dispatch.rows(turn)], y_nD)
             turn += 1
     return total_TD.to(hidden_TD.dtype)
 
 
-def _next_to_run(
+def _compute(
+    math: ExpertMath,
+    kernel: RowKernel | None,
+    hidden_TD: torch.Tensor,
     dispatch: Dispatch,
     access: ExpertAccess,
-    turn: int,
-    held: dict[int, torch.Tensor],
+    group: list[int],
+) -> list[tuple[int, torch.Tensor]]:
+    """Unweighted outputs of the experts of `group`, which are released."""
+    weights = [access.weights(dispatch.experts[i]) for i in group]
+    if kernel is not None and all(dispatch.num_rows(i) == 1 for i in group):
+        first_rows = [dispatch.bounds[i] for i in group]
+        x_kD = hidden_TD if len(hidden_TD) == 1 else hidden_TD[dispatch.token_R[first_rows]]
+        y_kD = math.rows(kernel, x_kD, weights)
+        outputs = [(i, y_kD[n : n + 1]) for n, i in enumerate(group)]
+    else:
+        outputs = [
+            (i, math(hidden_TD[dispatch.token_R[dispatch.rows(i)]], w))
+            for i, w in zip(group, weights, strict=True)
+        ]
+    for i in group:
+        access.release(dispatch.experts[i])
+    return outputs
+
+
+def _next_group(
+    dispatch: Dispatch,
+    access: ExpertAccess,
+    pending: list[int],
     held_bytes: int,
-) -> int:
-    """The expert whose turn it is, or a later one that is ready while that one is still read."""
-    if held_bytes < MAX_HELD_BYTES and not access.is_ready(dispatch.experts[turn]):
-        for later in range(turn + 1, len(dispatch.experts)):
-            if later not in held and access.is_ready(dispatch.experts[later]):
-                return later
-    return turn
+    can_join: bool,
+) -> list[int]:
+    """The expert whose turn it is, or later ones that are ready while that one is still read.
+
+    With `can_join`, all ready experts that have one row each go together.
+    """
+    turn = pending[0]
+    if held_bytes >= MAX_HELD_BYTES:
+        return [turn]
+    if not can_join and access.is_ready(dispatch.experts[turn]):
+        return [turn]
+    ready = [i for i in pending if access.is_ready(dispatch.experts[i])]
+    if not ready:
+        return [turn]
+    if not can_join or dispatch.num_rows(ready[0]) > 1:
+        return ready[:1]
+    return [i for i in ready if dispatch.num_rows(i) == 1]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_runtime.measure.decode_benchmark import DecodeReport, benchmark_decode
+from moe_runtime.measure.decode_benchmark import ROUTINGS, DecodeReport, benchmark_decode
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--residency", default="65,35", help="percent of expert bytes, by commas")
     parser.add_argument("--rounds", type=int, default=18, help="a third of them warms up")
     parser.add_argument("--tokens", type=int, default=20, help="per round")
+    parser.add_argument("--routing", choices=ROUTINGS, default="uniform", help="whose experts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     folder = arguments.model or random_mixtral(arguments.work_folder / "random-mixtral-8x32")
@@ -28,6 +29,7 @@ def main() -> None:
         residency=[float(percent) / 100 for percent in arguments.residency.split(",")],
         num_rounds=arguments.rounds,
         tokens_per_round=arguments.tokens,
+        routing=arguments.routing,
         on_progress=lambda text: print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True),
     )
     print("\r\033[K", end="", file=sys.stderr)
@@ -75,8 +77,9 @@ def as_text(report: DecodeReport) -> str:
             f"  moe_runtime        {result.ours_ms}",
             f"  ceiling            {result.ceiling_ms}",
             f"  ratio to ceiling   {result.ratio_to_ceiling}",
-            f"  hit rate {result.hit_rate:.3f}, missed {result.bytes_missed_per_token / 1e6:.1f} MB "
-            f"per token, bytes read / missed {result.read_over_missed:.4f}",
+            f"  hit rate {result.hit_rate:.3f}, "
+            f"missed {result.bytes_missed_per_token / 1e6:.1f} MB per token, "
+            f"bytes read / missed {result.read_over_missed:.4f}",
             f"  best direct-read rate {result.best_direct_read_gbps:.3f} GB/s",
             f"  logits equal eager's bit for bit  {result.is_bit_equal_to_eager}",
         ]

@@ -57,7 +57,7 @@ LICENCES = Path("/usr/share/common-licenses")
 # Character maps and the like: tables, not modules, and `xz` and any model alike eat them whole.
 SKIPPED_FOLDERS = {"site-packages", "__pycache__", "encodings", "pydoc_data"}
 REPOSITORY = Path(__file__).resolve().parent.parent
-STEPS = {"mixtral": 4000, "deepseek": 3600, "dense": 4000}
+STEPS = {"mixtral": 2400, "deepseek": 2200, "dense": 2400}
 OUTPUTS = {
     "mixtral": REPOSITORY / "moe_runtime" / "demo" / "mixtral-stdlib",
     "deepseek": REPOSITORY / "tests" / "data" / "deepseek-stdlib",

@@ -87,6 +87,13 @@ class ExpertCache:
             self.policy.forget(key)
             self._free.append(slot)
 
+    def clear(self) -> None:
+        """Forget every key, also after an interrupt that left `admit` half done."""
+        for key in list(self._slots):
+            self.policy.forget(key)
+        self._slots.clear()
+        self._free = list(range(self.num_slots - 1, -1, -1))
+
     def _make_room(
         self, keys: Sequence[ExpertKey], pinned: Set[ExpertKey]
     ) -> tuple[int, ExpertKey | None]:

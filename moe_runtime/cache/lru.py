@@ -20,7 +20,7 @@ class LRUPolicy:
         return next((key for key in self._order if key not in pinned), None)
 
     def forget(self, key: ExpertKey) -> None:
-        del self._order[key]
+        self._order.pop(key, None)
 
     def advise(self, predictions: Mapping[ExpertKey, float]) -> None:
         """Recency is all this policy looks at."""

@@ -16,7 +16,7 @@ class EvictionPolicy(Protocol):
         """The resident key to evict, not in `pinned`; None if all are pinned. Changes nothing."""
 
     def forget(self, key: ExpertKey) -> None:
-        """`key` is no longer resident."""
+        """`key` is no longer resident, if it was."""
 
     def advise(self, predictions: Mapping[ExpertKey, float]) -> None:
         """Probabilities of use in the near future; a policy may ignore them."""

@@ -21,10 +21,11 @@ from moe_runtime.integrations.transformers.load import load
 from moe_runtime.measure.direct_read import measure_direct_read
 
 _NO_EXPERTS = "moe_runtime_no_experts"
-_RATE_SECONDS = 0.3
+_RATE_SECONDS = 0.2
 _RATE_SETTINGS = tuple((size * 2**20, threads) for size in (1, 2, 4) for threads in (1, 2))
 
 Round = list[int]
+ROUTINGS = ("uniform", "own")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,15 +96,19 @@ def benchmark_decode(
     residency: list[float],
     num_rounds: int = 12,
     tokens_per_round: int = 20,
+    routing: str = "uniform",
     dtype: torch.dtype = torch.bfloat16,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> DecodeReport:
     """Teacher-forced random tokens, one at a time; contestants take turns, round by round.
 
     Tokens are forced because a random model's greedy decoding falls into a loop whose experts all
-    stay cached. The first third of the rounds warms up. Every result carries its gate: logits equal
-    those of eager transformers in every bit.
+    stay cached. Its own router has favourites too, so by default each token's experts are drawn
+    uniformly, the same ones for every contestant. The first third of the rounds warms up. Every
+    result carries its gate: logits equal those of eager transformers in every bit.
     """
+    if routing not in ROUTINGS:
+        raise ValueError(f"routing {routing!r} is unknown; choose from {', '.join(ROUTINGS)}")
     on_progress("loading unmodified transformers")
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, experts_implementation="eager"
@@ -112,11 +117,22 @@ def benchmark_decode(
     rounds: list[Round] = torch.randint(
         model.config.vocab_size, (num_rounds, tokens_per_round), generator=generator
     ).tolist()
+    if routing == "uniform":
+        draw_experts(model)
     expected = _forced_logits(model, rounds[0])
     ALL_EXPERTS_FUNCTIONS.register(_NO_EXPERTS, _no_experts)
-    resident = _resident(folder, model, rounds, expected, dtype, on_progress)
+
+    def load_ours(share: float) -> PreTrainedModel:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few slots are the point
+            ours = load(folder, expert_memory=share, dtype=dtype)
+        if routing == "uniform":
+            draw_experts(ours)
+        return ours
+
+    resident = _resident(load_ours, model, rounds, expected, on_progress)
     offloaded = [
-        _offloaded(folder, model, rounds, expected, share, dtype, on_progress)
+        _offloaded(folder, load_ours, model, rounds, expected, share, on_progress)
         for share in residency
     ]
     return DecodeReport(
@@ -126,6 +142,7 @@ def benchmark_decode(
             "dtype": str(dtype).removeprefix("torch."),
             "layers": model.config.num_hidden_layers,
             "parameters": model.num_parameters(),
+            "routing": routing,
             "rounds": num_rounds,
             "tokens_per_round": tokens_per_round,
         },
@@ -134,15 +151,41 @@ def benchmark_decode(
     )
 
 
+def draw_experts(model: PreTrainedModel) -> None:
+    """From here on each token uses experts drawn uniformly, whatever the router of `model` says.
+
+    The draw depends on layer and position in the sequence of calls since, so models that make the
+    same calls draw the same experts.
+    """
+
+    def draw(layer: int, num_experts: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+        generator = torch.Generator().manual_seed(layer)
+
+        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+            hidden, index, *rest = inputs
+            noise = torch.rand(index.shape[0], num_experts, generator=generator)
+            return hidden, noise.topk(index.shape[1]).indices, *rest
+
+        return hook
+
+    for layer, module in enumerate(experts_modules(model)):
+        num_experts = int(module.num_experts)  # type: ignore[arg-type]
+        module.register_forward_pre_hook(draw(layer, num_experts))
+
+
+def experts_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Fused experts modules in layer order, offloaded or not."""
+    return [m for m in model.modules() if hasattr(m, "is_transposed") and hasattr(m, "has_gate")]
+
+
 def _resident(
-    folder: Path,
+    load_ours: Callable[[float], PreTrainedModel],
     model: PreTrainedModel,
     rounds: list[Round],
     expected: torch.Tensor,
-    dtype: torch.dtype,
     on_progress: Callable[[str], None],
 ) -> ResidentResult:
-    ours = load(folder, expert_memory="100%", dtype=dtype)
+    ours = load_ours(1.0)
     is_equal = torch.equal(_forced_logits(ours, rounds[0]), expected)
     times: dict[str, list[float]] = {"ours": [], "eager": [], "grouped_mm": [], _NO_EXPERTS: []}
     for index, tokens in enumerate(rounds):
@@ -173,16 +216,14 @@ def _resident(
 
 def _offloaded(
     folder: Path,
+    load_ours: Callable[[float], PreTrainedModel],
     model: PreTrainedModel,
     rounds: list[Round],
     expected: torch.Tensor,
     share: float,
-    dtype: torch.dtype,
     on_progress: Callable[[str], None],
 ) -> OffloadedResult:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours = load(folder, expert_memory=share, dtype=dtype)
+    ours = load_ours(share)
     is_equal = torch.equal(_forced_logits(ours, rounds[0]), expected)
     model.set_experts_implementation(_NO_EXPERTS)
     expert_bytes = handle(ours).budget.slot_bytes
@@ -197,21 +238,17 @@ def _offloaded(
         missed.append((after["misses"] - before["misses"]) / len(tokens))
         hits.append((after["hits"] - before["hits"]) / len(tokens))
         read.append((after["bytes_read"] - before["bytes_read"]) / len(tokens))
-        block_bytes, num_threads = _RATE_SETTINGS[index % len(_RATE_SETTINGS)]
-        rates[block_bytes, num_threads].append(
-            measure_direct_read(
-                folder,
-                seconds=_RATE_SECONDS,
-                block_bytes=block_bytes,
-                num_threads=num_threads,
-            ).rate_gbps
-        )
+        for (block_bytes, num_threads), values in rates.items():
+            rate = measure_direct_read(
+                folder, seconds=_RATE_SECONDS, block_bytes=block_bytes, num_threads=num_threads
+            )
+            values.append(rate.rate_gbps)
     num_slots = handle(ours).budget.num_slots
     handle(ours).close()
     del ours
     gc.collect()
     counted = slice(len(rounds) // 3, None)
-    best_gbps = max(statistics.median(values) for values in rates.values() if values)
+    best_gbps = max(statistics.median(values) for values in rates.values())
     ceiling = [
         misses * expert_bytes / best_gbps / 1e6 + dense
         for misses, dense in zip(missed[counted], dense_ms[counted], strict=True)

@@ -4,11 +4,13 @@ import itertools
 import mmap
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch
 from moe_runtime.errors import ExpertReadError
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.reader_pool import ReaderPool
 from moe_runtime.memory.tensor_map import ByteMove, Extent, StridedMove
 
 # Direct reads of 1 to 2 MiB, two at a time, reach the rate of larger and deeper ones (measured on
@@ -52,7 +55,11 @@ class DiskReader:
         num_threads: int = NUM_THREADS,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        self._files = {}
+        # Borders inside an extent are rounded down to pages and must stay in order.
+        assert chunk_bytes >= 2 * _PAGE_BYTES, chunk_bytes
+        self._files: dict[Path, _OpenFile] = {}
+        # Also when the reader is simply forgotten; the pool ends its threads by itself then.
+        self._close_files = weakref.finalize(self, _close_all, self._files)
         try:
             for path in files:
                 self._files[path] = _open(path, direct)
@@ -60,11 +67,11 @@ class DiskReader:
             self._close_files()
             raise
         self._chunk_bytes = chunk_bytes
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="moe-runtime-disk")
-        # Before its first read every thread takes one buffer from here: all memory is known now.
-        self._buffers = deque(
-            _aligned_buffer(chunk_bytes + 2 * _PAGE_BYTES) for _ in range(num_threads)
-        )
+        # Every plain read borrows one of these: all memory is known now.
+        self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
+        for _ in range(num_threads):
+            self._buffers.put(_aligned_buffer(chunk_bytes + 2 * _PAGE_BYTES))
+        self._pool = ReaderPool(num_threads, "moe-runtime-disk")
         self._counter_lock = threading.Lock()
         self._bytes_read = 0
 
@@ -83,47 +90,65 @@ class DiskReader:
         extents: tuple[Extent, ...],
         layout: ExpertLayout,
         blob: Blob,
+        load: ExpertLoad,
         on_complete: Callable[[], None] | None = None,
-    ) -> ExpertLoad:
-        """Start reading one expert into `blob`; `on_complete` runs once, before waiters wake."""
-        jobs: list[Callable[[], None]] = []
+    ) -> None:
+        """Start reading one expert into `blob`; `on_complete` runs once, before waiters wake.
+
+        If it raises (an interrupt), `load` is settled: nothing writes to `blob` any more.
+        """
+        jobs: deque[Callable[[], None]] = deque()
         for extent in extents:
             if isinstance(extent.moves[0], ByteMove):
                 jobs += self._chunk_jobs(extent, blob)
             else:
                 jobs.append(lambda e=extent: self._read_strided(e, layout, blob))  # type: ignore[misc]
-        load = ExpertLoad(len(jobs))
-        for job in jobs:
-            self._pool.submit(self._run, job, load, on_complete)
-        return load
+        assert jobs, "an expert without bytes"
+        try:
+            load.begin(len(jobs))
+            for _ in range(len(jobs)):
+                self._pool.submit(partial(self._run_next, jobs, load, on_complete))
+        except BaseException as error:
+            while jobs and load.has_begun:  # whoever takes a job accounts for it
+                self._finish_one(load, on_complete, _take(jobs), error)
+            load.settle()
+            raise
 
     def close(self) -> None:
         """Finish the reads under way, end the threads and close the files."""
-        self._pool.shutdown(wait=True, cancel_futures=False)
+        self._pool.shutdown()
         self._close_files()
 
-    def _close_files(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1].descriptor)
-
-    def _run(
+    def _run_next(
         self,
-        job: Callable[[], None],
+        jobs: deque[Callable[[], None]],
         load: ExpertLoad,
         on_complete: Callable[[], None] | None,
     ) -> None:
+        job = _take(jobs)
         error: BaseException | None = None
         try:
-            job()
+            if job is not None:
+                job()
         except BaseException as caught:  # carried to whoever waits for the expert
             error = caught
-        if load.finish_one(error) and on_complete is not None:
+        self._finish_one(load, on_complete, job, error)
+
+    def _finish_one(
+        self,
+        load: ExpertLoad,
+        on_complete: Callable[[], None] | None,
+        job: Callable[[], None] | None,
+        error: BaseException | None,
+    ) -> None:
+        if job is None or not load.finish_one(error):
+            return
+        if load.error is None and on_complete is not None:
             try:
                 on_complete()
             except BaseException as caught:
                 load.fail(caught)
-        if load.remaining == 0:
-            load.close()
+        load.close()
 
     def _chunk_jobs(self, extent: Extent, blob: Blob) -> list[Callable[[], None]]:
         """Equal chunks of an extent of plain bytes, each a read and its copies."""
@@ -160,13 +185,13 @@ class DiskReader:
         copies: list[tuple[int, int, int]],
         blob: Blob,
     ) -> None:
-        buffer = self._buffers.pop()
+        buffer = self._buffers.get()
         try:
             data = self._read(file, offset, num_bytes, buffer)
             for source, length, destination in copies:
                 np.copyto(blob[destination : destination + length], data[source : source + length])
         finally:
-            self._buffers.append(buffer)
+            self._buffers.put(buffer)
 
     def _read_strided(self, extent: Extent, layout: ExpertLayout, blob: Blob) -> None:
         file = self._files[extent.file]
@@ -200,14 +225,16 @@ class DiskReader:
                     f"reading {file.path} at offset {start + done} failed: {error.strerror}; "
                     "check the disk, then load the model again"
                 ) from error
-            if count == 0:
-                raise ExpertReadError(
-                    f"{file.path} ends at offset {start + done}, and {offset + num_bytes} was "
-                    "expected: it was truncated while in use; restore it and load the model again"
-                )
-            done += count
-            if done % block and start + done < offset + num_bytes:
-                done -= done % block  # direct reads go on from a block border
+            before, done = done, done + count
+            if start + done < offset + num_bytes:
+                # Direct reads go on from a block border; only the end of a file gives less.
+                done -= done % block
+                if done == before:
+                    raise ExpertReadError(
+                        f"{file.path} ends at offset {start + before + count}, and "
+                        f"{offset + num_bytes} was expected: it was truncated while in use; "
+                        "restore it and load the model again"
+                    )
         status = os.fstat(file.descriptor)
         if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns):
             raise ExpertReadError(
@@ -216,6 +243,18 @@ class DiskReader:
         with self._counter_lock:
             self._bytes_read += done
         return np.frombuffer(buffer, np.uint8, num_bytes, offset - start)
+
+
+def _take(jobs: deque[Callable[[], None]]) -> Callable[[], None] | None:
+    try:
+        return jobs.popleft()
+    except IndexError:  # somebody else took the last one
+        return None
+
+
+def _close_all(files: dict[Path, _OpenFile]) -> None:
+    while files:
+        os.close(files.popitem()[1].descriptor)
 
 
 def _open(path: Path, direct: bool) -> _OpenFile:

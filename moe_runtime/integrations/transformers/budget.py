@@ -55,19 +55,22 @@ def plan_budget(
     free = available_bytes - dense_bytes
     free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)
+    floor_bytes = floor_slots(sites) * slot_bytes
+    remedy = f"expert_memory={floor_bytes}"
     if max_memory is not None and device in max_memory:
         limit = max_memory[device]
         limit_bytes = limit if isinstance(limit, int) else ExpertMemory.parse(limit).num_bytes
         if limit_bytes is None:
             raise BudgetError(f"max_memory[{device!r}] is {limit!r}; write a size such as '10GiB'")
-        budget_bytes = min(budget_bytes, limit_bytes - dense_bytes)
-    floor_bytes = floor_slots(sites) * slot_bytes
+        if limit_bytes - dense_bytes < budget_bytes:
+            budget_bytes = limit_bytes - dense_bytes
+            remedy = f"max_memory[{device!r}]={dense_bytes + floor_bytes}, dense weights included,"
     if budget_bytes < floor_bytes:
         raise BudgetError(
             f"{format_bytes(max(budget_bytes, 0))} for experts is below the floor of "
             f"{format_bytes(floor_bytes)} ({floor_slots(sites)} experts of "
             f"{format_bytes(slot_bytes)}, what one token uses in one layer); "
-            f"set expert_memory={floor_bytes} or more"
+            f"set {remedy} or more"
         )
     num_slots = min(budget_bytes // slot_bytes, tensor_map.num_experts)
     hitting = sum(site.top_k for site in sites)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, NoReturn
 
 import torch
@@ -11,7 +12,7 @@ from moe_runtime.engine import ExpertEngine, LayerAccess, Weights
 from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.layer import Dispatch, ExpertMath, run_experts
 
-_REMEDY = "call moe_runtime.handle(model).restore() first"
+REMEDY = "call moe_runtime.handle(model).restore() first"
 
 
 class OffloadedModule(nn.Module):
@@ -32,31 +33,31 @@ class OffloadedModule(nn.Module):
         if (moved.dtype, moved.device) != (self._slot_like.dtype, self._slot_like.device):
             raise OffloadedExpertsError(
                 f"offloaded experts stay {self._slot_like.dtype} on {self._slot_like.device}; "
-                f"load the model again with dtype= or device_map=, or {_REMEDY}"
+                f"load the model again with dtype= or device_map=, or {REMEDY}"
             )
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise OffloadedExpertsError(
-            f"the experts are offloaded, a state_dict or checkpoint would lack them; {_REMEDY}"
+            f"the experts are offloaded, a state_dict or checkpoint would lack them; {REMEDY}"
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise OffloadedExpertsError(f"offloaded experts cannot take new weights; {_REMEDY}")
+        raise OffloadedExpertsError(f"offloaded experts cannot take new weights; {REMEDY}")
 
     def __deepcopy__(self, memo: object) -> NoReturn:
         raise OffloadedExpertsError(
-            f"a model with offloaded experts cannot be copied; load it twice, or {_REMEDY}"
+            f"a model with offloaded experts cannot be copied; load it twice, or {REMEDY}"
         )
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise OffloadedExpertsError(
-            f"a model with offloaded experts cannot be pickled; pickle its path, or {_REMEDY}"
+            f"a model with offloaded experts cannot be pickled; pickle its path, or {REMEDY}"
         )
 
     def _refuse_training(self) -> None:
         if self.training:
             raise OffloadedExpertsError(
-                f"offloaded experts are for inference; call model.eval(), or to train {_REMEDY}"
+                f"offloaded experts are for inference; call model.eval(), or to train {REMEDY}"
             )
 
 
@@ -99,7 +100,7 @@ class OffloadedExperts(OffloadedModule):
     def __getattr__(self, name: str) -> Any:
         layout = self._engine.tensor_map.layers[self._layer].layout
         if any(spec.name == name for spec in layout.parameters):
-            raise AttributeError(f"{name!r} is offloaded; {_REMEDY}")
+            raise AttributeError(f"{name!r} is offloaded; {REMEDY}")
         return super().__getattr__(name)
 
 
@@ -180,7 +181,10 @@ class _ReferenceSelf:
             setattr(self, spec.name, _ReferenceParameter(in_turn, spec.name))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        value = getattr(self._module, name)
+        if inspect.ismethod(value) and value.__self__ is self._module:
+            return MethodType(value.__func__, self)  # it may use the parameters too
+        return value
 
 
 class _ReferenceParameter:
@@ -207,4 +211,4 @@ class _WithoutBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: torch.Tensor) -> NoReturn:
-        raise OffloadedExpertsError(f"no gradient flows through offloaded experts; {_REMEDY}")
+        raise OffloadedExpertsError(f"no gradient flows through offloaded experts; {REMEDY}")

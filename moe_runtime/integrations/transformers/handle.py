@@ -1,11 +1,12 @@
 """What a user holds of a model with offloaded experts: its report and the way back."""
 
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from moe_runtime.errors import BudgetError, OffloadedExpertsError, UnsupportedMo
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.integrations.transformers.budget import Budget
 from moe_runtime.integrations.transformers.experts import (
+    REMEDY,
     OffloadedExpert,
     OffloadedExperts,
     OffloadedModule,
@@ -67,15 +69,15 @@ class Handle:
         self._dense_bytes = dense_bytes
         self._device = device
         self._spill_folder = spill_folder
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._is_restored = False
         for layer, (site, math) in enumerate(zip(sites, maths, strict=True)):
             self._attach(layer, site, math)
         root.__dict__[_ATTRIBUTE] = self
-        # At the root, so that a refused move or cast leaves no half-converted model behind.
-        guard = next(m for m in root.modules() if isinstance(m, OffloadedModule))
-        if guard is not root:
-            root.__dict__["_apply"] = _GuardedApply(root, guard)
+        for module in root.modules():
+            self._guard(module)
+        # A model that is dropped, or a program that ends, leaves no copy of the experts behind.
+        self._remove_spill = weakref.finalize(self, _remove, spill_folder)
 
     def report(self) -> dict[str, Any]:
         """`cache`, `memory` and `settings` of `generate --json`; counts are since loading."""
@@ -156,8 +158,7 @@ class Handle:
     def close(self) -> None:
         """Free slots, threads, files and what was written to disk for this model."""
         self.engine.close()
-        if self._spill_folder is not None:
-            shutil.rmtree(self._spill_folder, ignore_errors=True)
+        self._remove_spill()
 
     def __enter__(self) -> "Handle":
         return self
@@ -169,7 +170,7 @@ class Handle:
         traceback: TracebackType | None,
     ) -> None:
         """A model offloaded from memory is restored; one loaded from disk is closed."""
-        if self._spill_folder is not None:
+        if self._spill_folder is not None and not self.engine.is_closed:
             self.restore()
         self.close()
 
@@ -227,10 +228,21 @@ class Handle:
         module.__class__ = offloaded_class(original, mixin)
         self._undo.append(undo)
 
+    def _guard(self, module: nn.Module) -> None:
+        """Make `module`, if it holds offloaded ones, ask before it moves, casts or loads anything.
+
+        So that an operation which they refuse leaves nothing half done in their neighbours.
+        """
+        inside = next((m for m in module.modules() if isinstance(m, OffloadedModule)), None)
+        if inside is None or isinstance(module, OffloadedModule):
+            return
+        module.__dict__["_apply"] = _GuardedApply(module, inside)
+        hook = module.register_load_state_dict_pre_hook(_refuse_new_weights)  # type: ignore[no-untyped-call]
+        self._undo += [lambda: module.__dict__.pop("_apply"), hook.remove]
+
     def _detach(self) -> None:
         for undo in self._undo:
             undo()
-        self._root.__dict__.pop("_apply", None)
         self._root.__dict__.pop(_ATTRIBUTE, None)
 
     def _read_site(self, layer: int, site: ExpertSite) -> dict[str, torch.Tensor]:
@@ -247,15 +259,24 @@ class Handle:
 
 
 class _GuardedApply:
-    """Asks an offloaded module before the root moves or casts anything."""
+    """Asks an offloaded module before a module around it moves or casts anything."""
 
-    def __init__(self, root: nn.Module, guard: OffloadedModule) -> None:
-        self._root = root
+    def __init__(self, module: nn.Module, guard: OffloadedModule) -> None:
+        self._module = module
         self._guard = guard
 
     def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._guard.check_move(fn)
-        return type(self._root)._apply(self._root, fn, recurse)  # type: ignore[no-untyped-call]
+        return type(self._module)._apply(self._module, fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _refuse_new_weights(*_: Any) -> NoReturn:
+    raise OffloadedExpertsError(f"offloaded experts cannot take new weights; {REMEDY}")
+
+
+def _remove(folder: Path | None) -> None:
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def handle(model: nn.Module) -> Handle:

@@ -130,7 +130,11 @@ def install(
 
 
 def dense_bytes_of(root: nn.Module, sites: Sequence[ExpertSite]) -> int:
-    """Bytes of parameters and buffers that are not experts; shared ones count once."""
+    """Bytes of parameters and buffers that are not experts; shared ones count once.
+
+    Weights that transformers is yet to tie, on a model that is still on meta, count as tied.
+    """
+    tied_names = getattr(root, "all_tied_weights_keys", None) or {}
     expert_names = {
         name for site in sites for p in site.parameters for name in site.tensor_names(p.name)
     }
@@ -138,6 +142,6 @@ def dense_bytes_of(root: nn.Module, sites: Sequence[ExpertSite]) -> int:
         tensor
         for named in (root.named_parameters(), root.named_buffers())
         for name, tensor in named
-        if name not in expert_names
+        if name not in expert_names and name not in tied_names
     ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

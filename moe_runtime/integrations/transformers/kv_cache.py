@@ -1,6 +1,6 @@
 """How much a model's attention cache grows, seen by running the model on the meta device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from moe_runtime.integrations.transformers.survey import Survey
 
-# Short enough for any window, long enough for caches that compress a few tokens into one.
+# Long enough for caches that compress a few tokens into one.
 _SHORT_TOKENS, _LONG_TOKENS = 16, 32
 
 
@@ -21,7 +21,7 @@ class KVCache:
     bytes_per_token: int  # all layers, while windows are not full
     window_bytes_per_token: int  # the part of it in sliding layers, which stop growing
     windows: tuple[int, ...]  # tokens that sliding layers keep
-    state_bytes: int  # of layers whose cache does not grow (linear attention, convolutions)
+    state_bytes: int  # held once, whatever the length (linear attention, convolutions)
 
 
 def measure_kv_cache(survey: Survey) -> KVCache | None:
@@ -36,20 +36,17 @@ def measure_kv_cache(survey: Survey) -> KVCache | None:
             long = _cached_layers(survey.model, _LONG_TOKENS)
     except Exception:  # a model that needs numbers (NotImplementedError and many more)
         return None
-    steps = _LONG_TOKENS - _SHORT_TOKENS
-    grown = [(_bytes(b) - _bytes(a)) // steps for a, b in zip(short, long, strict=True)]
+    grown = [_bytes_per_token(a, b) for a, b in zip(short, long, strict=True)]
     sliding = [
         (growth, int(layer.sliding_window))
         for growth, layer in zip(grown, long, strict=True)
-        if getattr(layer, "is_sliding", False)
+        if _is_sliding(layer)
     ]
     return KVCache(
         bytes_per_token=sum(grown),
         window_bytes_per_token=sum(growth for growth, _ in sliding),
         windows=tuple(sorted({window for _, window in sliding})),
-        state_bytes=sum(
-            _bytes(layer) for growth, layer in zip(grown, long, strict=True) if not growth
-        ),
+        state_bytes=sum(map(_state_bytes, long)),
     )
 
 
@@ -74,6 +71,24 @@ def _cached_layers(model: PreTrainedModel, num_tokens: int) -> list[Any]:
     return list(output.past_key_values.layers)
 
 
-def _bytes(cache_layer: object) -> int:
-    tensors = [value for value in vars(cache_layer).values() if isinstance(value, torch.Tensor)]
+def _is_sliding(layer: Any) -> bool:
+    return bool(getattr(layer, "is_sliding", False))
+
+
+def _bytes_per_token(short: Any, long: Any) -> int:
+    """How much one layer grows; a window may be full already, so its bytes are shared out."""
+    if _is_sliding(long):
+        return _bytes(vars(long).values()) // int(long.keys.shape[-2])
+    growth = _bytes(vars(long).values()) - _bytes(vars(short).values())
+    return growth // (_LONG_TOKENS - _SHORT_TOKENS)
+
+
+def _state_bytes(layer: Any) -> int:
+    """States of linear attention and convolutions stand in dicts beside keys and values."""
+    held = [value for value in vars(layer).values() if isinstance(value, dict)]
+    return sum(_bytes(states.values()) for states in held)
+
+
+def _bytes(values: Iterable[object]) -> int:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

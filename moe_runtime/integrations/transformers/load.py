@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
 from moe_runtime.integrations.transformers.install import (
@@ -85,12 +85,20 @@ def load(
     checkpoint = Checkpoint.open(resolved.folder)
     plan = _Plan(checkpoint, memory, max_memory, device)
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
-    loaded = loading_class(model_class, plan.take_experts).from_pretrained(
-        resolved.folder,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        **from_pretrained_kwargs,
-    )
+    try:
+        loaded = loading_class(model_class, plan.take_experts).from_pretrained(
+            resolved.folder,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            **from_pretrained_kwargs,
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"weights in {resolved.folder} have other shapes than its config.json says"
+            f"{plan.misshapen()}; download config and weights again"
+        ) from error
     result: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
     result.__class__ = model_class
     if device.type != "cpu":
@@ -135,6 +143,7 @@ class _Plan:
         device: torch.device,
     ) -> None:
         self.made: _Made | None = None
+        self._shapes: dict[str, list[int]] = {}
         self._checkpoint = checkpoint
         self._memory = memory
         self._max_memory = max_memory
@@ -156,8 +165,16 @@ class _Plan:
         maths = _prove(found.sites, found.dtypes)
         for site in found.sites:
             _empty(site)
+        self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
         self.made = _Made(found.sites, maths, found.tensor_map, budget, found.dense_bytes)
         return {name: _LazyTensor(self._checkpoint[name]) for name in found.dense_names}
+
+    def misshapen(self) -> str:
+        """The first tensor that does not fit the model, if that shows before conversion."""
+        for name, shape in self._shapes.items():
+            if name in self._checkpoint and list(self._checkpoint[name].shape) != shape:
+                return f": {self._checkpoint[name]} should be {shape}"
+        return ""
 
 
 class _LazyTensor:
@@ -224,7 +241,7 @@ def _single_device(device_map: Any) -> torch.device:
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
         raise ValueError(
-            f"device {str(device)!r} is not available to torch {torch.__version__} on this machine; "
+            f"device {str(device)!r} is not available to torch {torch.__version__} here; "
             "use 'cpu', or see what moe-runtime doctor says"
         )
     return device

@@ -1,5 +1,6 @@
 """Offloads the experts of a model that is already in memory."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -69,6 +70,22 @@ def offload(
                     "experts must be bfloat16, float16, float32 or float64"
                 )
     folder = Path(tempfile.mkdtemp(prefix="moe-runtime-", dir=offload_folder))
+    try:
+        return _offload_to(folder, module, sites, memory, policy, page_cache, device)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _offload_to(
+    folder: Path,
+    module: nn.Module,
+    sites: list[ExpertSite],
+    memory: ExpertMemory,
+    policy: str,
+    page_cache: bool,
+    device: torch.device,
+) -> Handle:
     dense_bytes = dense_bytes_of(module, sites)
     places = _spill(module, sites, folder)
     tensors = {name: module.get_parameter(name) for name in places}

@@ -9,8 +9,9 @@ from moe_runtime.engine import Weights
 from moe_runtime.integrations.transformers.experts import reference_forward
 from moe_runtime.layer import Accumulator, Dispatch, ExpertMath, run_experts
 
-_NUM_EXPERTS = 3
-_NUM_TOKENS = 6
+_NUM_EXPERTS = 4
+_TOP_K = 3  # a sum of two rounds the same in float32 as in bfloat16: only a third tells them apart
+_NUM_TOKENS = 8
 _FFN = 32
 
 
@@ -55,9 +56,9 @@ def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
     hidden_dim = weights[0]["down_proj"].shape[0 if not math.is_transposed else 1]
     hidden = torch.randn(_NUM_TOKENS, hidden_dim, generator=generator).to(dtype)
     index = torch.stack(
-        [torch.randperm(_NUM_EXPERTS, generator=generator)[:2] for _ in range(_NUM_TOKENS)]
+        [torch.randperm(_NUM_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_NUM_TOKENS)]
     )
-    routing = torch.rand(_NUM_TOKENS, 2, generator=generator)
+    routing = torch.rand(_NUM_TOKENS, _TOP_K, generator=generator)
     access = _InMemory(weights)
     with torch.no_grad():
         for router_dtype in {torch.float32, dtype}:

@@ -4,8 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from transformers import AutoConfig, PreTrainedConfig, __version__
 
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
 
@@ -48,10 +53,16 @@ def resolve_model(
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (ValueError, KeyError, OSError, TypeError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{model} runs code of its own; read it, and if you trust it, pass "
+                "trust_remote_code=True (--trust-remote-code)"
+            ) from error
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
         raise UnsupportedModelError(
-            f"{folder / 'config.json'} is not a config that the installed transformers knows: "
-            f"{str(error).splitlines()[0]}"
+            f"{folder / 'config.json'} is not a config that transformers {__version__} knows "
+            f"({reason}); check it, or update transformers"
         ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModelError(

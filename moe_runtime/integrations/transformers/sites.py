@@ -75,8 +75,17 @@ def _is_listed(module: nn.Module, *, is_root: bool, name: str) -> bool:
         return False
     if not is_root and name.rpartition(".")[2] != "experts":
         return False
+    if _holds_experts(module[0]):  # a list of decoder layers, say: its experts are further in
+        return False
     kinds = {(type(child), tuple(_shapes(child))) for child in module}
     return len(kinds) == 1 and any(_shapes(module[0]))
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    return any(
+        _is_fused(inner) or _is_listed(inner, is_root=False, name=name)
+        for name, inner in module.named_modules()
+    )
 
 
 def _shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, bool]]:

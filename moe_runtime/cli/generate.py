@@ -1,0 +1,167 @@
+"""`moe-runtime generate`: text from a model whose experts do not fit in memory."""
+
+import random
+from typing import Annotated
+
+import typer
+
+from moe_runtime.cli.options import (
+    MEMORY_PANEL,
+    MODEL_PANEL,
+    OUTPUT_PANEL,
+    TEXT_PANEL,
+    Dtype,
+    DtypeOption,
+    ExpertMemoryOption,
+    Json,
+    MaxNewTokens,
+    Model,
+    Policy,
+    PolicyOption,
+    Revision,
+    TrustRemoteCode,
+)
+from moe_runtime.cli.prompts import read_prompts
+from moe_runtime.cli.terminal import Terminal
+from moe_runtime.errors import BudgetError
+from moe_runtime.expert_memory import ExpertMemory
+
+EPILOG = """Examples:
+
+moe-runtime generate ./model --prompt "def read(" --expert-memory 33%
+
+moe-runtime generate org/name --prompts questions.jsonl --chat --temperature 0.7 --json
+"""
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text to continue. May be given several times.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help='One prompt a line, or *.jsonl with {"prompt": ...} lines; - is standard input.',
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=TEXT_PANEL)
+    ] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Sample from this share of probability.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=TEXT_PANEL),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End after this text, which stays. May be given several times.",
+            rich_help_panel=TEXT_PANEL,
+        ),
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat", help="Wrap prompts in the model's chat template.", rich_help_panel=TEXT_PANEL
+        ),
+    ] = False,
+    expert_memory: ExpertMemoryOption = "auto",
+    policy: PolicyOption = Policy.LRU,
+    page_cache: Annotated[
+        bool,
+        typer.Option(
+            "--page-cache",
+            help="Read through the system's page cache, which is memory beside the budget.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = False,
+    max_memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DEVICE=SIZE",
+            help="Limit for dense weights and experts together, such as cpu=30GiB or 0=10GiB.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda or cuda:0.", rich_help_panel=MODEL_PANEL)
+    ] = "cpu",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact",
+            help="Compute as the unmodified model does, bit for bit (today the only way there is).",
+            show_default=False,
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = True,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Run the unmodified model too, which needs memory for all experts, and compare.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts, one after the other, with experts read from disk into a bounded cache."""
+    texts = read_prompts(prompt or [], prompts)
+    ExpertMemory.parse(expert_memory)  # before seconds of imports
+    limits = _parse_limits(max_memory or [])
+    terminal = Terminal(as_json=as_json)
+    with terminal.waiting("starting"):
+        from moe_runtime.cli.generation_view import generate_and_show
+        from moe_runtime.measure.decoding import Decoding
+        from moe_runtime.measure.generation import GenerationRequest
+    request = GenerationRequest(
+        model=model,
+        prompts=texts,
+        decoding=Decoding(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=random.randrange(2**32) if seed is None else seed,
+            stop=tuple(stop or ()),
+        ),
+        expert_memory=expert_memory,
+        policy=policy,
+        page_cache=page_cache,
+        max_memory=limits,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        chat=chat,
+        check=check,
+    )
+    generate_and_show(request, terminal)
+
+
+def _parse_limits(written: list[str]) -> dict[int | str, int | str] | None:
+    """`cpu=30GiB` and `0=10GiB` as Hugging Face's max_memory."""
+    limits: dict[int | str, int | str] = {}
+    for text in written:
+        device, _, size = (part.strip() for part in text.partition("="))
+        try:
+            is_size = ExpertMemory.parse(size).num_bytes is not None
+        except BudgetError:
+            is_size = False
+        if not device or not is_size:
+            raise BudgetError(f"--max-memory {text!r} is not DEVICE=SIZE; write cpu=30GiB")
+        limits[int(device) if device.isdigit() else device] = size
+    return limits or None

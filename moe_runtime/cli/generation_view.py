@@ -1,0 +1,115 @@
+"""Shows a generation in the terminal while it runs, and its figures afterwards."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.table import Table
+
+from moe_runtime.cli.terminal import Meter, Terminal
+from moe_runtime.expert_memory import format_bytes
+from moe_runtime.measure.completion import Completion
+from moe_runtime.measure.generation import Generation, GenerationRequest, run_generation
+from moe_runtime.measure.prompt import Prompt
+
+
+def generate_and_show(request: GenerationRequest, terminal: Terminal) -> None:
+    """Run `request`, show its text and figures, and raise ParityError if its check fails."""
+    with terminal.warnings_as_remarks(), ExitStack() as on_screen:
+        generation = run_generation(request, _View(request, terminal, on_screen))
+    if terminal.as_json:
+        terminal.show_json(generation.as_dict())
+    else:
+        terminal.write("\n")
+        terminal.show(_figures(generation))
+    generation.require_parity()
+
+
+class _View:
+    """Writes what happens. `on_screen` holds the bar or spinner of the moment, if any."""
+
+    def __init__(
+        self, request: GenerationRequest, terminal: Terminal, on_screen: ExitStack
+    ) -> None:
+        self._request = request
+        self._terminal = terminal
+        self._on_screen = on_screen
+        self._meter: Meter | None = None
+
+    def on_loading(self, done: int, total: int) -> None:
+        if self._meter is None:
+            self._meter = self._on_screen.enter_context(self._terminal.progress("loading"))
+        self._meter.update(done, total)
+
+    def on_loaded(self, placement: str) -> None:
+        self._on_screen.close()
+        model = self._request.model
+        name = Path(model).name if Path(model).is_dir() else model
+        self._terminal.remark(f"{name or model}: {placement}")
+
+    def on_prompt(self, prompt: Prompt) -> None:
+        wanted = self._request.decoding.max_new_tokens
+        if prompt.max_new_tokens < wanted:
+            self._terminal.warn(
+                f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, so the model's context "
+                f"has room for {prompt.max_new_tokens} new ones, not {wanted}"
+            )
+        self._terminal.write(f"\n{prompt.text}", style="bold cyan")
+
+    def on_text(self, text: str) -> None:
+        self._terminal.write(text)
+
+    def on_completion(self, completion: Completion) -> None:
+        self._terminal.write("\n")
+
+    def on_check(self) -> None:
+        self._on_screen.enter_context(
+            self._terminal.waiting("running the unmodified model for comparison")
+        )
+
+
+def _figures(generation: Generation) -> Table:
+    cache, memory = generation.report["cache"], generation.report["memory"]
+    resident = generation.resident
+    table = Table(show_header=False)
+    num_prompts = len(generation.completions)
+    table.add_row("new tokens", f"{generation.num_tokens} for {_count(num_prompts, 'prompt')}")
+    speed = generation.decode_tokens_per_second
+    table.add_row("decode", "-" if speed is None else f"{speed:.1f} tokens/s")
+    first = f"{generation.time_to_first_token_seconds:.3f} s"
+    table.add_row("time to first token", first if num_prompts == 1 else f"{first} (median)")
+    table.add_row(
+        "expert cache",
+        f"{cache['hit_rate']:.1%} hits ({cache['policy']}, {cache['slots']} slots of "
+        f"{format_bytes(cache['slot_bytes'])})",
+    )
+    read = cache["bytes_read"] / generation.num_tokens
+    table.add_row("read from disk", f"{format_bytes(read)} a token")
+    table.add_row(
+        "expert memory",
+        f"{format_bytes(memory['expert_budget_bytes'])} for experts of "
+        f"{format_bytes(memory['expert_total_bytes'])}",
+    )
+    table.add_row(
+        "memory of the process",
+        f"{format_bytes(resident.peak_rss_bytes)} at most, "
+        f"{format_bytes(resident.rss_after_imports_bytes)} of it Python and its libraries",
+    )
+    if generation.request.check:
+        table.add_row("same as unmodified model", _verdict(generation))
+    return table
+
+
+def _verdict(generation: Generation) -> str:
+    parity = generation.parity
+    if parity is None:
+        return "[red]not known[/red]"
+    if not parity.identical:
+        return "[red]no[/red]"
+    return (
+        f"[green]yes[/green], {parity.tokens_compared} tokens and their logits, bit for bit "
+        f"({parity.dtype})"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,77 @@
+"""Arguments and options that several commands share."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+MODEL_PANEL = "Model"
+MEMORY_PANEL = "Memory"
+TEXT_PANEL = "Text"
+OUTPUT_PANEL = "Output"
+
+
+class Dtype(StrEnum):
+    """In which numbers the model computes; `auto` is what its config says."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Policy(StrEnum):
+    """Which expert leaves the cache."""
+
+    LRU = "lru"
+    LFU = "lfu"
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, or a hub id such as org/name.")
+]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object and nothing else on stdout.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Compute in this dtype; auto is the checkpoint's.", rich_help_panel=MODEL_PANEL
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a hub id.", rich_help_panel=MODEL_PANEL),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. Only if you trust it.",
+        rich_help_panel=MODEL_PANEL,
+    ),
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(min=1, help="At most so many tokens a prompt.", rich_help_panel=TEXT_PANEL),
+]
+ExpertMemoryOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for experts: auto (all if they fit, else what is free), 512MiB, 33%.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+PolicyOption = Annotated[
+    Policy,
+    typer.Option(
+        help="Which expert makes room: the least recently or least frequently used.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]

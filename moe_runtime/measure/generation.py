@@ -1,0 +1,245 @@
+"""Prompts run through a model with offloaded experts, with everything measured on the way."""
+
+import gc
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_runtime.errors import CheckpointError, ParityError
+from moe_runtime.integrations.transformers.handle import handle
+from moe_runtime.integrations.transformers.load import load
+from moe_runtime.integrations.transformers.progress import quiet_transformers
+from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
+from moe_runtime.measure.completion import Completion, complete
+from moe_runtime.measure.decoding import Decoding
+from moe_runtime.measure.parity import Parity, Reference, check_parity
+from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
+from moe_runtime.measure.prompt import Prompt, encode_prompts, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """What to run, and in how much memory; the arguments of `load()` mean what they mean there."""
+
+    model: str
+    prompts: Sequence[str]
+    decoding: Decoding
+    expert_memory: str = "auto"
+    policy: str = "lru"
+    page_cache: bool = False
+    max_memory: Mapping[int | str, int | str] | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    chat: bool = False
+    check: bool = False
+
+
+class Listener(Protocol):
+    """Hears what happens while it happens."""
+
+    def on_loading(self, done: int, total: int) -> None:
+        """So many tensors of the dense weights are loaded."""
+
+    def on_loaded(self, placement: str) -> None:
+        """The model is ready; `placement` says in one line what lives where."""
+
+    def on_prompt(self, prompt: Prompt) -> None:
+        """`prompt` starts to run."""
+
+    def on_text(self, text: str) -> None:
+        """A piece of its continuation."""
+
+    def on_completion(self, completion: Completion) -> None:
+        """It is finished."""
+
+    def on_check(self) -> None:
+        """The unmodified model starts to run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentMemory:
+    """Resident bytes of this process: after imports, at most until loaded, and at most at all."""
+
+    rss_after_imports_bytes: int
+    load_peak_rss_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What came out of a request. `parity` is None when not asked for, or when it failed to run."""
+
+    request: GenerationRequest
+    completions: list[Completion]
+    report: dict[str, Any]
+    resident: ResidentMemory
+    parity: Parity | None = None
+    parity_error: ParityError | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all prompts."""
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """First tokens, which wait for the prompt, are left out; None if there are no others."""
+        num_decoded = self.num_tokens - len(self.completions)
+        seconds = sum(completion.decode_seconds for completion in self.completions)
+        return num_decoded / seconds if num_decoded and seconds else None
+
+    @property
+    def time_to_first_token_seconds(self) -> float:
+        """The median over prompts."""
+        return statistics.median(c.first_token_seconds for c in self.completions)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        cache = dict(self.report["cache"])
+        cache["bytes_read_per_token"] = cache["bytes_read"] / self.num_tokens
+        found = {
+            "results": [completion.as_dict() for completion in self.completions],
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "time_to_first_token_seconds": self.time_to_first_token_seconds,
+            "cache": cache,
+            "memory": self.report["memory"] | asdict(self.resident),
+            "settings": self._settings(),
+        }
+        if self.request.check:
+            found["parity"] = self.parity.as_dict() if self.parity else None
+        return found
+
+    def _settings(self) -> dict[str, Any]:
+        request = asdict(self.request)
+        del request["prompts"]
+        decoding = request.pop("decoding")
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        settings: dict[str, Any] = request | decoding | {"exact": True}
+        # The report last: it has the dtype and device in use, not as they were asked for.
+        settings |= self.report["settings"]
+        return settings | {"versions": versions}
+
+    def require_parity(self) -> None:
+        """Raise ParityError if a check was asked for and did not end well."""
+        if self.parity_error is not None:
+            raise self.parity_error
+        if self.parity is not None:
+            self.parity.require()
+
+
+def run_generation(request: GenerationRequest, listener: Listener) -> Generation:
+    """Load the model, run the prompts one after the other, release it, and check if asked to.
+
+    Bad prompts are refused before any weight is read. However this ends, files and threads of the
+    model are closed.
+    """
+    after_imports = resident_bytes()
+    resolved = resolve_model(
+        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
+    with quiet_transformers(listener.on_loading):
+        tokenizer = load_tokenizer(resolved.folder, trust_remote_code=request.trust_remote_code)
+        prompts = encode_prompts(
+            request.prompts,
+            tokenizer,
+            resolved.config,
+            max_new_tokens=request.decoding.max_new_tokens,
+            chat=request.chat,
+        )
+        model = _load(request, resolved)
+        load_peak = peak_resident_bytes()
+        with closing(handle(model)) as owner:
+            listener.on_loaded(owner.placement())
+            completions = _complete_all(request, model, tokenizer, prompts, listener)
+            report = owner.report()
+    resident = ResidentMemory(
+        rss_after_imports_bytes=after_imports,
+        load_peak_rss_bytes=load_peak,
+        peak_rss_bytes=peak_resident_bytes(),
+    )
+    del model, owner
+    gc.collect()  # the unmodified model needs the memory
+    parity, parity_error = None, None
+    if request.check:
+        listener.on_check()
+        try:
+            parity = _check(request, resolved, completions, report)
+        except ParityError as error:  # what was generated is not lost with it
+            parity_error = error
+    return Generation(
+        request=request,
+        completions=completions,
+        report=report,
+        resident=resident,
+        parity=parity,
+        parity_error=parity_error,
+    )
+
+
+def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedModel:
+    loaded: Any = load(
+        resolved.folder,
+        expert_memory=request.expert_memory,
+        policy=request.policy,
+        page_cache=request.page_cache,
+        max_memory=request.max_memory,
+        device_map=request.device,
+        trust_remote_code=request.trust_remote_code,
+        dtype=request.dtype,
+        output_loading_info=True,
+    )
+    model: PreTrainedModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:  # transformers makes them up, with a warning that nobody would see here
+        handle(model).close()
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{resolved.folder} lacks {missing[0]}{more}; download the checkpoint completely"
+        )
+    return model
+
+
+def _complete_all(
+    request: GenerationRequest,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    listener: Listener,
+) -> list[Completion]:
+    completions = []
+    for prompt in prompts:
+        listener.on_prompt(prompt)
+        completion = complete(
+            model,
+            tokenizer,
+            prompt,
+            request.decoding,
+            on_text=listener.on_text,
+            keep_logits=request.check,
+        )
+        listener.on_completion(completion)
+        completions.append(completion)
+    return completions
+
+
+def _check(
+    request: GenerationRequest,
+    resolved: ResolvedModel,
+    completions: Sequence[Completion],
+    report: Mapping[str, Any],
+) -> Parity:
+    reference = Reference(
+        folder=resolved.folder,
+        dtype=request.dtype,
+        effective_dtype=report["settings"]["dtype"],
+        device=request.device,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return check_parity(completions, request.decoding, reference)
