@@ -1,6 +1,7 @@
 """The rooms stand at the top of the repository and are installed under one roof, `moe_runtime`."""
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOMS = ("kernels", "placement", "predictors")
 LINKS = (*ROOMS, "configs")  # moe_runtime/<name> -> ../<name>, for the checkout only
@@ -23,15 +24,37 @@ def _package_dir() -> dict[str, str]:
     return folders
 
 
+class BuildLibraries(build_ext):
+    """Builds C libraries for ctypes: no module of Python's, so no Python version in their names."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        return []
+
+
 PACKAGE_DIR = _package_dir()
+LIBRARIES = [
+    Extension(
+        "moe_runtime.kernels.cpu.gemv_library",
+        ["kernels/cpu/gemv.c"],
+        depends=["setup.py"],
+        extra_compile_args=["-std=c11", "-O2", "-g0", "-fvisibility=hidden"],
+        optional=True,  # without a compiler torch computes, and `moe-runtime doctor` says so
+    )
+]
 
 setup(
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,
+    ext_modules=LIBRARIES,
+    cmdclass={"build_ext": BuildLibraries},
     package_data={
         "moe_runtime": ["py.typed", "demo/**/*"],
         "moe_runtime.configs": ["**/*"],
         **{f"moe_runtime.{room}": ["README.md"] for room in ROOMS},
+        "moe_runtime.kernels.cpu": ["*.c"],
     },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},
     include_package_data=False,

@@ -53,7 +53,7 @@ class ExpertEngine:
                 raise OffloadedExpertsError(
                     "the experts of this model were released by close(); load the model again"
                 )
-            if self._is_open:  # a second interrupt cut short the clean-up after a first
+            if self._is_open:  # an interrupt cut short its start, or the clean-up after its end
                 self._reset()
             self._is_open = True
             return LayerAccess(self, [ExpertKey(layer, expert) for expert in experts])
@@ -95,7 +95,7 @@ class ExpertEngine:
             del self._loads[key]
 
     def _reset(self) -> None:
-        """Forget every expert: an interrupt may have left the plan of a layer half made."""
+        """Forget every expert: the plan of the last layer may be half made."""
         for load in self._loads.values():
             load.settle()
         self._loads.clear()
@@ -115,11 +115,7 @@ class LayerAccess:
         self._waiting: dict[ExpertKey, Access] = {}  # by the key whose release they need
         self._accesses: dict[int, Access] = {}
         self._started: set[ExpertKey] = set()
-        try:
-            self._start(engine.cache.admit(keys))
-        except BaseException:
-            engine._reset()
-            raise
+        self._start(engine.cache.admit(keys))
 
     def is_ready(self, expert: int) -> bool:
         """Whether `weights(expert)` would return at once."""

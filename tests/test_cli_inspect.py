@@ -95,7 +95,10 @@ def test_other_kinds_of_layers(capsys: Capsys, tmp_path: Path, family: str, layo
     config = model.config
     if family == "gpt_oss":
         assert found["kv_windows"] == [config.sliding_window]
-        assert 0 < found["kv_window_bytes_per_token"] < found["kv_bytes_per_token"]
+        layer_bytes = 2 * config.num_key_value_heads * config.head_dim * 4
+        sliding = config.layer_types.count("sliding_attention")
+        assert found["kv_bytes_per_token"] == config.num_hidden_layers * layer_bytes
+        assert found["kv_window_bytes_per_token"] == sliding * layer_bytes
     if family == "qwen3_next":
         assert found["kv_state_bytes"] > 0
     if family == "deepseek_v3":

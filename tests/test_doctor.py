@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from moe_runtime.cli.doctor import doctor
+from moe_runtime.kernels.cpu.gemv_status import gemv_status
 from moe_runtime.measure import direct_read, hardware_checks, software_checks
 from moe_runtime.measure.check import Check, Status
 from moe_runtime.measure.doctor import Diagnosis, diagnose
@@ -52,6 +53,7 @@ def test_json_is_one_object_and_covers_the_machine(tmp_path: Path) -> None:
     assert checks["memory"]["facts"]["available_bytes"] > 0
     assert checks["disk rate"]["facts"]["bytes_read"] > 0
     assert checks["kernels"]["facts"]["active"] == "torch"
+    assert checks["kernels"]["facts"]["one_token_bf16"] == gemv_status()
 
 
 def test_every_check_that_is_not_ok_names_a_remedy(tmp_path: Path) -> None:

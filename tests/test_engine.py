@@ -22,7 +22,7 @@ from moe_runtime.errors import ExpertReadError, OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.layer import Dispatch, ExpertAccess, ExpertMath, run_experts
 from moe_runtime.memory.disk import Blob, DiskReader, _OpenFile
-from moe_runtime.memory.slots import HostSlots
+from moe_runtime.memory.slots import DeviceSlots, HostSlots
 from moe_runtime.memory.tensor_map import TensorMap
 from tests.expert_files import KINDS, FileWriter, Parameter, make_layer
 from tests.honest_experts import honest_forward, parameter_shapes, random_math, random_routing
@@ -139,9 +139,12 @@ def running(
         reader._pool = ShuffledPool(rng.randint(1, 2), rng)  # type: ignore[assignment]
     most = world.tensor_map.num_experts
     favourites = [ExpertKey(layer, 0) for layer in range(NUM_LAYERS)]
+    num_slots, slot_bytes = num_slots or rng.randint(1, most), world.tensor_map.slot_bytes
     engine = ExpertEngine(
         world.tensor_map,
-        HostSlots(num_slots or rng.randint(1, most), world.tensor_map.slot_bytes),
+        HostSlots(num_slots, slot_bytes)
+        if rng.random() < 0.7
+        else DeviceSlots(num_slots, slot_bytes, torch.device("cpu")),
         rng.choice([LRUPolicy, LFUPolicy, lambda: StaticPolicy(favourites)])(),
         reader,
         poison=True,
@@ -240,7 +243,8 @@ def test_ten_thousand_schedules(worlds: list[World]) -> None:
     assert threading.active_count() == threads
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # hit a finalizer
 def test_interrupts_at_any_instruction(worlds: list[World]) -> None:
     """Law: a Ctrl-C at any moment leaves no wrong expert behind, no thread and no lock."""
 
@@ -348,6 +352,19 @@ def test_threads_take_turns(worlds: list[World]) -> None:
         for thread in threads:
             thread.join()
     assert wrong == []
+
+
+def test_unused_experts_do_no_harm(worlds: list[World]) -> None:
+    """Law: reads that a layer asked for and did not wait for never reach another expert's slot."""
+    rng, generator = random.Random(12), torch.Generator().manual_seed(12)
+    for number in range(60):
+        world = worlds[number % len(worlds)]
+        with running(world, rng, num_slots=max(map(len, world.weights))) as engine:
+            for _ in range(6):
+                layer = rng.randrange(NUM_LAYERS)
+                with engine.open_layer(layer, range(len(world.weights[layer]))) as access:
+                    access.weights(0)
+                Forward.random(world, rng, generator).check(world, engine)
 
 
 def test_close_ends_everything(worlds: list[World]) -> None:

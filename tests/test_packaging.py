@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import venv
 import zipfile
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 
 import moe_runtime
+from moe_runtime.kernels.cpu.gemv_status import ACTIVE, NOT_BUILT
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "placement", "predictors")
+HAS_COMPILER = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) is not None
 NOT_SOURCES = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so", "*.o")
 
 
@@ -77,10 +80,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_below(folder: Path) -> set[str]:
+    """What a build takes from the checkout: all but what an earlier build or run left there."""
     return {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in (".so", ".o")
     }
 
 
@@ -94,7 +98,7 @@ def test_every_path_in_the_wheel_starts_with_moe_runtime(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_each_file_of_the_library_once_and_nothing_else(wheel: Path) -> None:
-    """Code, the demo with its checkpoint, configs, room READMEs, and py.typed."""
+    """Code, the demo with its checkpoint, configs, room READMEs, py.typed, the C library."""
     paths = [
         path.removeprefix("moe_runtime/")
         for path in zipfile.ZipFile(wheel).namelist()
@@ -103,6 +107,8 @@ def test_the_wheel_holds_each_file_of_the_library_once_and_nothing_else(wheel: P
     expected = files_below(ROOT / "moe_runtime")
     for name in (*ROOMS, "configs"):
         expected |= {f"{name}/{path}" for path in files_below(ROOT / name)}
+    if HAS_COMPILER:
+        expected.add("kernels/cpu/gemv_library.so")
     assert sorted(paths) == sorted(expected)
     assert {"py.typed", "kernels/README.md", "configs/README.md"} <= set(paths)
 
@@ -137,6 +143,18 @@ def test_the_installed_wheel_stands_beside_hugging_faces_kernels(
     assert Path(theirs) == site / "kernels/__init__.py"
     assert Path(our_kernels) == site / "moe_runtime/kernels"
     assert their_module.startswith("kernels.")
+
+
+def test_the_installed_wheel_finds_its_compiled_library(installed: Path, tmp_path: Path) -> None:
+    printed = run(
+        installed / "bin/python", "-c",
+        "from moe_runtime.kernels.cpu.gemv import CpuGemv;"
+        "print(CpuGemv.status()); print(CpuGemv.load() is not None)",
+        cwd=tmp_path,
+    )  # fmt: skip
+    status, is_loaded = printed.splitlines()
+    assert is_loaded == str(status == ACTIVE)
+    assert (status != NOT_BUILT) == HAS_COMPILER
 
 
 def test_the_installed_wheel_runs_the_demo(installed: Path, tmp_path: Path) -> None:

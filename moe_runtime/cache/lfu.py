@@ -13,6 +13,8 @@ class LFUPolicy:
     Counts outlive eviction: an expert that returns keeps its history. O(1) amortised per access.
     """
 
+    name = "lfu"
+
     def __init__(self) -> None:
         self._uses: Counter[ExpertKey] = Counter()
         # Resident keys by number of uses, longest unused first; `_levels` is a heap of its keys.

@@ -9,6 +9,8 @@ from moe_runtime.expert import ExpertKey
 class LRUPolicy:
     """Evict the expert used longest ago. O(1) per access."""
 
+    name = "lru"
+
     def __init__(self) -> None:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
 

@@ -9,6 +9,10 @@ from moe_runtime.expert import ExpertKey
 class EvictionPolicy(Protocol):
     """Decides who leaves a full cache. Knows keys only: no bytes, tensors or time."""
 
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+
     def touch(self, key: ExpertKey) -> None:
         """`key` is used now; it is resident from here on."""
 

@@ -9,6 +9,8 @@ from moe_runtime.expert import ExpertKey
 class StaticPolicy:
     """Evict any key outside `favourites` first (oldest first), then the least favoured one."""
 
+    name = "static"
+
     def __init__(self, favourites: Iterable[ExpertKey]) -> None:
         self._rank = {key: rank for rank, key in enumerate(favourites)}  # most favoured first
         self._others: OrderedDict[ExpertKey, None] = OrderedDict()

@@ -27,7 +27,10 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Show family, layers, experts and memory needs. Reads config and headers, no weights."""
+    """Show family, layers, experts and memory needs. Reads config and headers, no weights.
+
+    A hub id is downloaded first, into the hub's cache.
+    """
     terminal = Terminal(as_json=as_json)
     with terminal.waiting("starting"):
         from moe_runtime.integrations.transformers.progress import quiet_transformers

@@ -5,6 +5,7 @@ import platform
 import re
 
 from moe_runtime import __version__
+from moe_runtime.kernels.cpu.gemv_status import gemv_status
 from moe_runtime.measure.check import Check, Status
 
 # What every model needs, with the least version (tests compare this with pyproject.toml).
@@ -69,7 +70,7 @@ def check_packages() -> Check:
 
 
 def check_kernels() -> Check:
-    """Which code computes the experts: in this version torch, wherever the model is."""
+    """Which code computes: a C kernel for one-token bf16 experts on the CPU, torch for the rest."""
     try:
         import torch
     except Exception as error:  # a broken installation fails in many ways, and this is the place
@@ -80,12 +81,17 @@ def check_kernels() -> Check:
             remedy="pip install --force-reinstall torch",
         )
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    one_token_bf16 = gemv_status()
     facts: dict[str, object] = {
         "active": "torch",
+        "one_token_bf16": one_token_bf16,
         "devices": devices,
         "threads": torch.get_num_threads(),
     }
-    finding = f"torch on {' and '.join(devices)}, {torch.get_num_threads()} threads"
+    finding = (
+        f"torch on {' and '.join(devices)}, {torch.get_num_threads()} threads; "
+        f"one-token bf16 experts on the CPU: {one_token_bf16}"
+    )
     return Check(name="kernels", status=Status.OK, finding=finding, facts=facts)
 
 

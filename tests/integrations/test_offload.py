@@ -216,8 +216,10 @@ REFUSED: dict[str, Callable[[nn.Module], object]] = {
     "state_dict": lambda m: m.state_dict(),
     "half": lambda m: m.half(),
     "meta": lambda m: m.to("meta"),
-    "load_state_dict": lambda m: m.load_state_dict({"norm.bias": torch.ones(MODEL_DIM)}, strict=False),
-}  # fmt: skip
+    "load_state_dict": lambda m: m.load_state_dict(
+        {"norm.bias": torch.ones(MODEL_DIM)}, strict=False
+    ),
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -149,7 +149,7 @@ NAMES = [("hidden_states", "top_k_index", "top_k_weights"), ("x", "selected", "s
 def test_offloaded_equals_the_class_itself(
     kind: dict[str, Any], dtype: torch.dtype, names: tuple[str, str, str]
 ) -> None:
-    """Law: with few slots, fast loop or the class's own forward, positional or by name: same bits."""
+    """Law: with few slots, by the fast loop or the class's own forward, the bits are the same."""
     block = Block(build(fake_experts(names=names, **kind), dtype))
     generator = torch.Generator().manual_seed(1)
     calls = []

@@ -123,7 +123,7 @@ def test_one_operation_equals_numpy(step: Step, data: st.DataObject) -> None:
 @given(data=st.data())
 @settings(max_examples=300)
 def test_compositions_equal_numpy(data: st.DataObject) -> None:
-    """Law: any chain of operations over several tensors tiles its result with the right elements."""
+    """Law: any chain of operations over several tensors gives a whole of the right elements."""
     sources = Sources()
     shape = data.draw(shapes, "shape")
     parts = [sources.new(shape) for _ in range(data.draw(st.integers(1, 3), "parts"))]

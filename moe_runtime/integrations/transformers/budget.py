@@ -48,7 +48,8 @@ def plan_budget(
     """Slots within `expert_memory`, and within `max_memory[device]` once dense weights are paid.
 
     `available_bytes` is what is free before the dense weights load. Raises BudgetError, saying the
-    floor, when too little is left for the experts of one token.
+    floor, when too little is left for the experts of one token, and when the budget exceeds what
+    is free.
     """
     slot_bytes = tensor_map.slot_bytes
     total_bytes = tensor_map.num_experts * slot_bytes
@@ -57,6 +58,7 @@ def plan_budget(
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)
     floor_bytes = floor_slots(sites) * slot_bytes
     remedy = f"expert_memory={floor_bytes}"
+    _refuse_unknown_devices(max_memory or {})
     if max_memory is not None and device in max_memory:
         limit = max_memory[device]
         limit_bytes = limit if isinstance(limit, int) else ExpertMemory.parse(limit).num_bytes
@@ -72,6 +74,12 @@ def plan_budget(
             f"{format_bytes(slot_bytes)}, what one token uses in one layer); "
             f"set {remedy} or more"
         )
+    if budget_bytes > available_bytes - dense_bytes:
+        raise BudgetError(
+            f"{format_bytes(budget_bytes)} for experts and {format_bytes(dense_bytes)} of dense "
+            f"weights do not fit in the {format_bytes(available_bytes)} that are free; set "
+            f"expert_memory={max(free, floor_bytes)} or less, or 'auto'"
+        )
     num_slots = min(budget_bytes // slot_bytes, tensor_map.num_experts)
     hitting = sum(site.top_k for site in sites)
     if num_slots < hitting:
@@ -82,3 +90,12 @@ def plan_budget(
             stacklevel=3,
         )
     return Budget(num_slots, slot_bytes, budget_bytes, floor_bytes, total_bytes)
+
+
+def _refuse_unknown_devices(max_memory: Mapping[int | str, int | str]) -> None:
+    """A limit on a device that nobody has would be no limit at all."""
+    for name in max_memory:
+        if not isinstance(name, int) and name not in ("cpu", "disk", "mps"):
+            raise BudgetError(
+                f"max_memory names {name!r}; its keys are GPU numbers such as 0, and 'cpu'"
+            )

@@ -179,8 +179,12 @@ class Handle:
         fused = [site.module for site in self._sites if site.is_fused]
         if not fused:
             return "module list"
-        own = [isinstance(m, OffloadedExperts) and m._math is None for m in fused]
-        return "torch, family's forward" if any(own) else "torch"
+        maths = [module._math for module in fused if isinstance(module, OffloadedExperts)]
+        if any(math is None for math in maths):
+            return "torch, family's forward"
+        if any(math is not None and math.row_kernel is not None for math in maths):
+            return "avx512-bf16 gemv for single rows, torch"
+        return "torch"
 
     def _attach(self, layer: int, site: ExpertSite, math: ExpertMath | None) -> None:
         slot_like = torch.empty(0, dtype=site.parameters[0].dtype, device=self._device)

@@ -21,14 +21,18 @@ from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayou
 from moe_runtime.memory.slots import allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
-POLICIES: dict[str, type[LRUPolicy] | type[LFUPolicy]] = {"lru": LRUPolicy, "lfu": LFUPolicy}
+POLICIES: dict[str, type[LRUPolicy] | type[LFUPolicy]] = {
+    policy.name: policy for policy in (LRUPolicy, LFUPolicy)
+}
 
 
-def make_policy(name: str) -> EvictionPolicy:
-    """The policy called `name`. Raises ValueError with the names there are."""
-    if name not in POLICIES:
-        raise ValueError(f"policy {name!r} is unknown; choose from {', '.join(POLICIES)}")
-    return POLICIES[name]()
+def make_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
+    """The policy of that name, or the one given. Raises ValueError with the names there are."""
+    if not isinstance(policy, str):
+        return policy
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} is unknown; choose from {', '.join(POLICIES)}")
+    return POLICIES[policy]()
 
 
 def build_tensor_map(
@@ -92,7 +96,7 @@ def install(
     tensor_map: TensorMap,
     budget: Budget,
     *,
-    policy: str,
+    policy: str | EvictionPolicy,
     device: torch.device,
     direct: bool,
     dense_bytes: int,
@@ -110,7 +114,7 @@ def install(
     engine = ExpertEngine(tensor_map, slots, eviction, reader, poison=poison)
     dtype = tensor_map.layers[0].layout.parameters[0].dtype
     settings = Settings(
-        policy=policy,
+        policy=eviction.name,
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
         direct_reads=reader.is_direct,

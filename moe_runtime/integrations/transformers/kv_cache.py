@@ -78,7 +78,7 @@ def _is_sliding(layer: Any) -> bool:
 def _bytes_per_token(short: Any, long: Any) -> int:
     """How much one layer grows; a window may be full already, so its bytes are shared out."""
     if _is_sliding(long):
-        return _bytes(vars(long).values()) // int(long.keys.shape[-2])
+        return _bytes((long.keys, long.values)) // int(long.keys.shape[-2])
     growth = _bytes(vars(long).values()) - _bytes(vars(short).values())
     return growth // (_LONG_TOKENS - _SHORT_TOKENS)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
@@ -17,7 +18,7 @@ from moe_runtime.integrations.transformers.install import (
     install,
     make_policy,
 )
-from moe_runtime.integrations.transformers.proof import prove_math
+from moe_runtime.integrations.transformers.proof import Prover
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
@@ -44,7 +45,7 @@ def load(
     model: str | Path,
     *,
     expert_memory: str | int | float = "auto",
-    policy: str = "lru",
+    policy: str | EvictionPolicy = "lru",
     page_cache: bool = False,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
@@ -60,7 +61,8 @@ def load(
 
     `model` is a folder or a hub id. `expert_memory` bounds the memory that experts take: 'auto'
     (all if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert
-    bytes) or bytes. `policy` is 'lru' or 'lfu'. Reads bypass the page cache unless `page_cache`.
+    bytes) or bytes. `policy` is 'lru', 'lfu', or a policy of moe_runtime.cache. Reads bypass the
+    page cache unless `page_cache`.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. Other arguments are those of `from_pretrained`.
 
@@ -85,11 +87,13 @@ def load(
     checkpoint = Checkpoint.open(resolved.folder)
     plan = _Plan(checkpoint, memory, max_memory, device)
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
+    wants_info = from_pretrained_kwargs.pop("output_loading_info", False)
     try:
-        loaded = loading_class(model_class, plan.take_experts).from_pretrained(
+        loaded: Any = loading_class(model_class, plan.take_experts).from_pretrained(
             resolved.folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
             **from_pretrained_kwargs,
         )
     except RuntimeError as error:
@@ -99,7 +103,14 @@ def load(
             f"weights in {resolved.folder} have other shapes than its config.json says"
             f"{plan.misshapen()}; download config and weights again"
         ) from error
-    result: PreTrainedModel = loaded[0] if isinstance(loaded, tuple) else loaded
+    result: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    if info["missing_keys"]:  # transformers would fill them with random numbers
+        first, *more = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{resolved.folder} lacks {first}{f' and {len(more)} more' if more else ''}; "
+            "download the checkpoint completely"
+        )
     result.__class__ = model_class
     if device.type != "cpu":
         result.to(device)  # type: ignore[arg-type]  # PreTrainedModel.to is mistyped
@@ -118,7 +129,7 @@ def load(
         dense_bytes=made.dense_bytes,
     )
     logger.info("%s: %s", model, handle.placement())
-    return loaded
+    return (result, info) if wants_info else result  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +173,7 @@ class _Plan:
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
         )
-        maths = _prove(found.sites, found.dtypes)
+        maths = _prove(found.sites, found.dtypes, self._device)
         for site in found.sites:
             _empty(site)
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
@@ -188,11 +199,12 @@ class _LazyTensor:
 
 
 def _prove(
-    sites: Iterable[ExpertSite], dtypes: Mapping[str, torch.dtype]
+    sites: Iterable[ExpertSite], dtypes: Mapping[str, torch.dtype], device: torch.device
 ) -> list[ExpertMath | None]:
-    """The proven maths of each fused site; proof is by class, each site keeps its own gate."""
+    """The proven maths of each fused site."""
+    prover = Prover(device)
     return [
-        prove_math(site.module, dtypes[site.tensor_names("down_proj")[0]])
+        prover.prove(site.module, dtypes[site.tensor_names("down_proj")[0]])
         if site.is_fused
         else None
         for site in sites

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import plan_budget
@@ -18,7 +19,7 @@ from moe_runtime.integrations.transformers.install import (
     install,
     make_policy,
 )
-from moe_runtime.integrations.transformers.proof import prove_math
+from moe_runtime.integrations.transformers.proof import Prover
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.assembly import Assembly
 from moe_runtime.memory.available import available_memory_bytes
@@ -30,7 +31,7 @@ def offload(
     module: nn.Module,
     expert_memory: str | int | float = "auto",
     *,
-    policy: str = "lru",
+    policy: str | EvictionPolicy = "lru",
     page_cache: bool = False,
     offload_folder: str | Path | None = None,
 ) -> Handle:
@@ -82,7 +83,7 @@ def _offload_to(
     module: nn.Module,
     sites: list[ExpertSite],
     memory: ExpertMemory,
-    policy: str,
+    policy: str | EvictionPolicy,
     page_cache: bool,
     device: torch.device,
 ) -> Handle:
@@ -103,8 +104,9 @@ def _offload_to(
         dense_bytes=0,  # already in memory
         available_bytes=available_memory_bytes() + tensor_map.total_bytes,
     )
+    prover = Prover(device)
     maths = [
-        prove_math(site.module, site.parameters[0].dtype) if site.is_fused else None
+        prover.prove(site.module, site.parameters[0].dtype) if site.is_fused else None
         for site in sites
     ]
     return install(

@@ -1,18 +1,62 @@
-"""Decides, by trying, whether the fast loop equals a family's own experts forward bit for bit."""
+"""Decides, by trying, whether faster code equals a family's own experts forward bit for bit."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from moe_runtime.engine import Weights
 from moe_runtime.integrations.transformers.experts import reference_forward
-from moe_runtime.layer import Accumulator, Dispatch, ExpertMath, run_experts
+from moe_runtime.kernels.cpu.gemv import CpuGemv
+from moe_runtime.layer import (
+    Accumulator,
+    Dispatch,
+    ExpertMath,
+    RowKernel,
+    RowProduct,
+    run_experts,
+)
 
 _NUM_EXPERTS = 4
 _TOP_K = 3  # a sum of two rounds the same in float32 as in bfloat16: only a third tells them apart
 _NUM_TOKENS = 8
 _FFN = 32
+
+
+class Prover:
+    """Finds the fastest proven way to compute experts modules; remembers trials of equal shapes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gemv = CpuGemv.load() if device.type == "cpu" else None
+        self._products: dict[tuple[int, int], RowProduct | None] = {}
+
+    def prove(self, module: nn.Module, dtype: torch.dtype) -> ExpertMath | None:
+        """What reproduces `module`'s eager forward exactly, or None if nothing of ours does.
+
+        `module` is a fused experts module that still has its (perhaps meta) parameters.
+        """
+        math = prove_math(module, dtype)
+        return None if math is None else replace(math, row_kernel=self._rows(module, math, dtype))
+
+    def _rows(self, module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> RowKernel | None:
+        if self._gemv is None or dtype != torch.bfloat16 or math.is_transposed or math.has_bias:
+            return None
+        up = self._product(self._gemv, tuple(module.get_parameter(math.up_name).shape[1:]))
+        down = self._product(self._gemv, tuple(module.get_parameter("down_proj").shape[1:]))
+        if up is None or down is None or not _rows_are_independent(module, math, dtype):
+            return None
+        return RowKernel(up, down, torch.get_num_threads())
+
+    def _product(self, gemv: CpuGemv, shape: tuple[int, ...]) -> RowProduct | None:
+        num_rows, num_columns = shape
+        if (num_rows, num_columns) not in self._products:
+            k_block = gemv.find_k_block(num_rows, num_columns)
+            self._products[num_rows, num_columns] = (
+                None if k_block is None else partial(gemv.run, k_block=k_block)
+            )
+        return self._products[num_rows, num_columns]
 
 
 def prove_math(module: nn.Module, dtype: torch.dtype) -> ExpertMath | None:
@@ -66,6 +110,26 @@ def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
             expected = reference_forward(type(module))(small, hidden, index, scores)
             dispatch = Dispatch.of(index, scores, _NUM_EXPERTS)
             if not torch.equal(run_experts(math, hidden, dispatch, access), expected):
+                return False
+    return True
+
+
+def _rows_are_independent(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
+    """Whether gate and norm give a row the same bits alone and among others."""
+    generator = torch.Generator().manual_seed(0)
+    small, _ = _small_copy(module, dtype, generator)
+    small_math = expert_math(small, math.accumulator)
+    assert small_math is not None
+    up_dim, hidden_dim = (
+        module.get_parameter(name).shape[1] for name in (math.up_name, "down_proj")
+    )
+    steps = [(small_math.apply_gate, up_dim), (small_math.post_norm, hidden_dim)]
+    with torch.no_grad():
+        for step, length in steps:
+            rows = torch.randn(3, length, generator=generator).to(dtype)
+            if step is not None and not torch.equal(
+                step(rows), torch.cat([step(row) for row in torch.split(rows, 1)])
+            ):
                 return False
     return True
 
