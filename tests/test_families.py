@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -31,18 +30,13 @@ EXPERT_MEMORY = "30%"
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As in the reference's process: the number of threads changes the order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with each family's checkpoint and what unmodified transformers makes of it."""
+    """A folder with each family's checkpoint and what unmodified transformers makes of it.
+
+    That process computes with one thread, as this one does (conftest.py): the number of threads
+    changes the order of sums.
+    """
     folder = tmp_path_factory.mktemp("families")
     command = [sys.executable, "-m", "tests.reference_families", str(folder)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=600)

@@ -1,6 +1,5 @@
 """Laws of the tiny models: they stand for their families and notice any change to an expert."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,15 +21,6 @@ from tests.tiny_models import (
 MIN_MOE_LAYERS = 2
 # Far above float32 noise (1e-6 of the logits' spread), far below what one expert of eight is worth.
 VISIBLE = 1e-3
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, which cost much where cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def routing_of(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:

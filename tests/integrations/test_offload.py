@@ -389,3 +389,24 @@ def test_two_offloads_share_nothing() -> None:
     handles[0].restore()
     assert torch.equal(logits_of(models[1], prompt()), expected[1])
     handles[1].restore()
+
+
+class TwoOutputs(nn.Module):
+    """An expert that returns its output and something that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+        return self.project(x), "note"
+
+
+def test_an_expert_that_returns_a_tuple_does_not_lose_gradients_silently() -> None:
+    """Law: backward through offloaded experts raises, whatever shape their output has."""
+    experts = nn.ModuleList(TwoOutputs() for _ in range(3)).eval()
+    with moe_runtime.offload(experts, expert_memory=0.5):
+        output, note = experts[1](torch.ones(2, 8, requires_grad=True))
+        assert note == "note"
+        with pytest.raises(OffloadedExpertsError, match="no gradient"):
+            output.sum().backward()

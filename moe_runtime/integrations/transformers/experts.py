@@ -98,10 +98,13 @@ class OffloadedExperts(OffloadedModule):
         return output
 
     def __getattr__(self, name: str) -> Any:
-        layout = self._engine.tensor_map.layers[self._layer].layout
-        if any(spec.name == name for spec in layout.parameters):
-            raise AttributeError(f"{name!r} is offloaded; {REMEDY}")
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            layout = self._engine.tensor_map.layers[self._layer].layout
+            if any(spec.name == name for spec in layout.parameters):
+                raise AttributeError(f"{name!r} is offloaded; {REMEDY}") from None
+            raise
 
 
 class OffloadedExpert(OffloadedModule):
@@ -127,9 +130,14 @@ class OffloadedExpert(OffloadedModule):
             finally:
                 for name, (owner, attribute) in self._places.items():
                     owner._parameters[attribute] = absent[name]
-        if needs_grad and isinstance(output, torch.Tensor):
-            return _without_backward(output, *inputs)
-        return output
+        if not needs_grad:
+            return output
+        parts = output if isinstance(output, tuple) else (output,)
+        tied = tuple(
+            _without_backward(part, *inputs) if isinstance(part, torch.Tensor) else part
+            for part in parts
+        )
+        return tied if isinstance(output, tuple) else tied[0]
 
     def _bind(self, weights: Weights) -> None:
         for name, (owner, attribute) in self._places.items():
