@@ -18,11 +18,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.load import load
-from moe_runtime.measure.direct_read import measure_direct_read
+from moe_runtime.measure.random_read import RandomReads
 
 _NO_EXPERTS = "moe_runtime_no_experts"
 _RATE_SECONDS = 0.2
-_RATE_SETTINGS = tuple((size * 2**20, threads) for size in (1, 2, 4) for threads in (1, 2))
+_RATE_SETTINGS = tuple((size * 2**20, threads) for size in (1, 2, 5) for threads in (1, 2, 4))
 
 Round = list[int]
 ROUTINGS = ("uniform", "own")
@@ -131,10 +131,11 @@ def benchmark_decode(
         return ours
 
     resident = _resident(load_ours, model, rounds, expected, on_progress)
-    offloaded = [
-        _offloaded(folder, load_ours, model, rounds, expected, share, on_progress)
-        for share in residency
-    ]
+    with RandomReads(sorted(folder.glob("*.safetensors"))) as reads:
+        offloaded = [
+            _offloaded(reads, load_ours, model, rounds, expected, share, on_progress)
+            for share in residency
+        ]
     return DecodeReport(
         machine=_machine(),
         model={
@@ -215,7 +216,7 @@ def _resident(
 
 
 def _offloaded(
-    folder: Path,
+    reads: RandomReads,
     load_ours: Callable[[float], PreTrainedModel],
     model: PreTrainedModel,
     rounds: list[Round],
@@ -239,10 +240,11 @@ def _offloaded(
         hits.append((after["hits"] - before["hits"]) / len(tokens))
         read.append((after["bytes_read"] - before["bytes_read"]) / len(tokens))
         for (block_bytes, num_threads), values in rates.items():
-            rate = measure_direct_read(
-                folder, seconds=_RATE_SECONDS, block_bytes=block_bytes, num_threads=num_threads
+            values.append(
+                reads.rate_gbps(
+                    block_bytes=block_bytes, num_threads=num_threads, seconds=_RATE_SECONDS
+                )
             )
-            values.append(rate.rate_gbps)
     num_slots = handle(ours).budget.num_slots
     handle(ours).close()
     del ours
