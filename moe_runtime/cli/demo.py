@@ -11,8 +11,11 @@ from moe_runtime.errors import CheckpointError
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "demo" / "mixtral-stdlib"
 EXPERT_MEMORY = "33%"
+# Greedy decoding of so small a model soon repeats itself.
+TEMPERATURE = 0.7
+SEED = 3
 PROMPTS = (
-    'def read_lines(path, encoding="utf-8"):\n    """',
+    'def read_lines(path, encoding="utf-8"):\n',
     "class Queue:\n    def __init__(self, maxsize=0):\n",
 )
 
@@ -45,7 +48,7 @@ def demo(
     request = GenerationRequest(
         model=str(CHECKPOINT),
         prompts=PROMPTS,
-        decoding=Decoding(max_new_tokens=max_new_tokens),
+        decoding=Decoding(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, seed=SEED),
         expert_memory=EXPERT_MEMORY,
         check=check,
     )
