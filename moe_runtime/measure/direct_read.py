@@ -38,16 +38,8 @@ class DirectReadRate:
         return self.bytes_read / self.seconds / 1e9
 
 
-def measure_direct_read(
-    folder: Path,
-    *,
-    seconds: float,
-    block_bytes: int = _BLOCK_BYTES,
-    num_threads: int = _NUM_THREADS,
-) -> DirectReadRate:
+def measure_direct_read(folder: Path, *, seconds: float) -> DirectReadRate:
     """Read the largest checkpoint file in `folder`, or a scratch file, for about `seconds`.
-
-    `num_threads` requests of `block_bytes` are under way at any time.
 
     The scratch file has no name from the start, so nothing stays behind whatever happens. A file
     that was just written may sit in a cache of the disk or of the host: a large checkpoint's rate
@@ -56,9 +48,7 @@ def measure_direct_read(
     with _source(folder) as (descriptor, source):
         direct = _reopen_direct(descriptor)
         try:
-            bytes_read, elapsed = _read_for(
-                descriptor if direct is None else direct, seconds, block_bytes, num_threads
-            )
+            bytes_read, elapsed = _read_for(descriptor if direct is None else direct, seconds)
         finally:
             if direct is not None:
                 os.close(direct)
@@ -153,25 +143,23 @@ def _reopen_direct(descriptor: int) -> int | None:
     return direct
 
 
-def _read_for(
-    descriptor: int, seconds: float, block_bytes: int, num_threads: int
-) -> tuple[int, float]:
+def _read_for(descriptor: int, seconds: float) -> tuple[int, float]:
     """Read whole blocks of the file, over and over, for `seconds`: (bytes, seconds taken)."""
-    num_blocks = os.fstat(descriptor).st_size // block_bytes
+    num_blocks = os.fstat(descriptor).st_size // _BLOCK_BYTES
     start = time.perf_counter()
 
     def read_share(thread: int) -> int:
         total = 0
-        with mmap.mmap(-1, block_bytes) as buffer:  # starts on a page, as direct reads want
+        with mmap.mmap(-1, _BLOCK_BYTES) as buffer:  # starts on a page, as direct reads want
             block = thread
             while time.perf_counter() - start < seconds:
-                offset = block % num_blocks * block_bytes
+                offset = block % num_blocks * _BLOCK_BYTES
                 if hasattr(os, "posix_fadvise"):  # where reads are not direct, forget the last pass
-                    os.posix_fadvise(descriptor, offset, block_bytes, os.POSIX_FADV_DONTNEED)
+                    os.posix_fadvise(descriptor, offset, _BLOCK_BYTES, os.POSIX_FADV_DONTNEED)
                 total += os.preadv(descriptor, [buffer], offset)
-                block += num_threads
+                block += _NUM_THREADS
         return total
 
-    with ThreadPoolExecutor(num_threads) as pool:
-        bytes_read = sum(pool.map(read_share, range(num_threads)))
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        bytes_read = sum(pool.map(read_share, range(_NUM_THREADS)))
     return bytes_read, time.perf_counter() - start
