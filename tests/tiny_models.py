@@ -291,14 +291,6 @@ def align(model: PreTrainedModel) -> None:
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-def unmodified_logits(
-    folder: str | Path, input_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and greedy ids of the folder under unmodified transformers."""
-    model = load_unmodified(folder)
-    return logits_of(model, input_ids), greedy_ids(model, input_ids)
-
-
 def can_reload(model_type: str, folder: str | Path) -> str | None:
     """None if plain transformers saves and reloads the family bit for bit, else the reason.
 
