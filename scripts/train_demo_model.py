@@ -1118,7 +1118,8 @@ def main() -> None:
     print(f"{style}: {total:,} parameters, {active:,} active, {batches.tokens_per_epoch:,} tokens")
     report_file = work / "report.json"
     if arguments.evaluate_only:
-        facts = json.loads(report_file.read_text())
+        # Without the report of the run its card cannot be rewritten; the figures still print.
+        facts = json.loads(report_file.read_text()) if report_file.exists() else {}
     else:
         progress = train(model, batches, recipe, work / "state.pt", arguments.resume)
         save_checkpoint(model.state_dict(), model_config(style, smoke), tokenizer, folder)
@@ -1141,9 +1142,11 @@ def main() -> None:
             "transformers": transformers.__version__,
         }
         report_file.write_text(json.dumps(facts, indent=1))
+    trained_here = bool(facts)
     facts |= report_on(style, folder, corpus, tokenizer)
-    report_file.write_text(json.dumps(facts, indent=1))
-    finish_cards(work.parent, {style: folder})
+    if trained_here:
+        report_file.write_text(json.dumps(facts, indent=1))
+        finish_cards(work.parent, {style: folder})
     print_report(facts, read_report(work.parent, "dense"))
 
 

@@ -425,6 +425,8 @@ def test_ctrl_c_in_mid_generation_leaves_a_sane_terminal(tmp_path: Path) -> None
             "--expert-memory", "50%", "--max-new-tokens", "900000",
         ),
         stdin=slave, stdout=slave, stderr=slave, env=environment(), start_new_session=True,
+        # A test run in the background of a shell inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(slave)
     written = b""
