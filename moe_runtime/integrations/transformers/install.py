@@ -101,7 +101,6 @@ def install(
     direct: bool,
     dense_bytes: int,
     spill_folder: Path | None = None,
-    poison: bool = False,
 ) -> Handle:
     """Open the files, allocate the slots and put offloaded experts in the place of `sites`."""
     eviction = make_policy(policy)
@@ -111,7 +110,7 @@ def install(
     except BaseException:
         reader.close()
         raise
-    engine = ExpertEngine(tensor_map, slots, eviction, reader, poison=poison)
+    engine = ExpertEngine(tensor_map, slots, eviction, reader)
     dtype = tensor_map.layers[0].layout.parameters[0].dtype
     settings = Settings(
         policy=eviction.name,

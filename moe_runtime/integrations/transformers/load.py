@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from moe_runtime.integrations.transformers.install import (
     install,
     make_policy,
 )
-from moe_runtime.integrations.transformers.proof import Prover
+from moe_runtime.integrations.transformers.proof import prove_sites
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
@@ -173,7 +173,7 @@ class _Plan:
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
         )
-        maths = _prove(found.sites, found.dtypes, self._device)
+        maths = prove_sites(found.sites, found.dtypes, self._device)
         for site in found.sites:
             _empty(site)
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
@@ -196,19 +196,6 @@ class _LazyTensor:
 
     def __getitem__(self, index: object) -> torch.Tensor:
         return read_tensor(self._place)
-
-
-def _prove(
-    sites: Iterable[ExpertSite], dtypes: Mapping[str, torch.dtype], device: torch.device
-) -> list[ExpertMath | None]:
-    """The proven maths of each fused site."""
-    prover = Prover(device)
-    return [
-        prover.prove(site.module, dtypes[site.tensor_names("down_proj")[0]])
-        if site.is_fused
-        else None
-        for site in sites
-    ]
 
 
 def _empty(site: ExpertSite) -> None:

@@ -19,7 +19,7 @@ from moe_runtime.integrations.transformers.install import (
     install,
     make_policy,
 )
-from moe_runtime.integrations.transformers.proof import Prover
+from moe_runtime.integrations.transformers.proof import prove_sites
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.assembly import Assembly
 from moe_runtime.memory.available import available_memory_bytes
@@ -89,14 +89,9 @@ def _offload_to(
 ) -> Handle:
     dense_bytes = dense_bytes_of(module, sites)
     places = _spill(module, sites, folder)
-    tensors = {name: module.get_parameter(name) for name in places}
-    tensor_map = build_tensor_map(
-        sites,
-        places,
-        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
-        phases={name: tensor.data_ptr() % ALIGNMENT_BYTES for name, tensor in tensors.items()},
-    )
-    del tensors
+    dtypes = {name: module.get_parameter(name).dtype for name in places}
+    phases = {name: module.get_parameter(name).data_ptr() % ALIGNMENT_BYTES for name in places}
+    tensor_map = build_tensor_map(sites, places, dtypes, phases)
     budget = plan_budget(
         memory,
         tensor_map,
@@ -104,11 +99,7 @@ def _offload_to(
         dense_bytes=0,  # already in memory
         available_bytes=available_memory_bytes() + tensor_map.total_bytes,
     )
-    prover = Prover(device)
-    maths = [
-        prover.prove(site.module, site.parameters[0].dtype) if site.is_fused else None
-        for site in sites
-    ]
+    maths = prove_sites(sites, dtypes, device)
     return install(
         module,
         sites,

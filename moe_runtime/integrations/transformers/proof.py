@@ -1,6 +1,7 @@
 """Decides, by trying, whether faster code equals a family's own experts forward bit for bit."""
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from moe_runtime.engine import Weights
 from moe_runtime.integrations.transformers.experts import reference_forward
+from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.kernels.cpu.gemv import CpuGemv
 from moe_runtime.layer import (
     Accumulator,
@@ -57,6 +59,19 @@ class Prover:
                 None if k_block is None else partial(gemv.run, k_block=k_block)
             )
         return self._products[num_rows, num_columns]
+
+
+def prove_sites(
+    sites: Iterable[ExpertSite], dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> list[ExpertMath | None]:
+    """What computes each site; None for a list of modules. `dtypes` by full tensor name."""
+    prover = Prover(device)
+    return [
+        prover.prove(site.module, dtypes[site.tensor_names("down_proj")[0]])
+        if site.is_fused
+        else None
+        for site in sites
+    ]
 
 
 def prove_math(module: nn.Module, dtype: torch.dtype) -> ExpertMath | None:
