@@ -27,3 +27,27 @@ class OffloadedExpertsError(MoERuntimeError, RuntimeError):
 
 class ParityError(MoERuntimeError):
     """Outputs differ from the unmodified model's, or the two could not be compared."""
+
+
+class TraceError(MoERuntimeError, ValueError):
+    """A routing trace is damaged, incomplete, or contradicts itself."""
+
+
+class ContestantError(MoERuntimeError):
+    """A contestant of a benchmark failed; `is_memory` says that its memory was too little."""
+
+    def __init__(self, message: str, *, is_memory: bool) -> None:
+        super().__init__(message)
+        self.is_memory = is_memory
+
+
+class ConfigError(MoERuntimeError, ValueError):
+    """A configuration file is damaged, incomplete, or holds what cannot be."""
+
+
+class ProbeError(MoERuntimeError):
+    """This machine cannot be measured as asked."""
+
+
+class MissingPackageError(MoERuntimeError, ImportError):
+    """An optional package is not installed; the message holds the command that installs it."""

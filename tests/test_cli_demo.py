@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moe_runtime
-from moe_runtime.cli.app import COMMANDS
+from moe_runtime.cli.app import COMMANDS, CommandFamily
 from moe_runtime.cli.demo import CHECKPOINT
 from tests.command_line import run_apart, run_here
 from tests.test_imports import HEAVY, run_python
@@ -58,11 +58,14 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_help_lists_every_command_and_shows_examples(capsys: Capsys) -> None:
     outcome = run_here(capsys, "--help")
     assert outcome.code == 0
-    for name, lazy in COMMANDS.items():
+    for name, entry in COMMANDS.items():
         assert name in outcome.out
-        assert lazy.summary in outcome.out
+        assert entry.summary in outcome.out
         own = run_here(capsys, name, "--help")
         assert own.code == 0, own.err
+        for inner in entry.commands if isinstance(entry, CommandFamily) else ():
+            assert inner in own.out
+            assert run_here(capsys, name, inner, "--help").code == 0
     assert "moe-runtime generate ./model" in outcome.out
 
 

@@ -3,7 +3,7 @@
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -41,7 +41,15 @@ class LazyCommand:
     summary: str
 
 
-COMMANDS = {
+@dataclass(frozen=True, slots=True)
+class CommandFamily:
+    """Commands that share their first word."""
+
+    summary: str
+    commands: Mapping[str, LazyCommand]
+
+
+COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
     "demo": LazyCommand("moe_runtime.cli.demo", "demo", "Run the bundled model and check it."),
     "inspect": LazyCommand(
         "moe_runtime.cli.inspect", "inspect", "Show what a checkpoint is and needs."
@@ -50,30 +58,65 @@ COMMANDS = {
         "moe_runtime.cli.generate", "generate", "Continue prompts within a memory budget."
     ),
     "doctor": LazyCommand("moe_runtime.cli.doctor", "doctor", "Check this machine."),
+    "probe": LazyCommand("moe_runtime.cli.probe", "probe", "Measure this machine's rates."),
+    "trace": CommandFamily(
+        "Record routing, and look at it.",
+        {
+            "record": LazyCommand(
+                "moe_runtime.cli.trace_record", "record", "Record which experts prompts use."
+            ),
+            "info": LazyCommand(
+                "moe_runtime.cli.trace_info", "info", "Show load, reuse and dependence of layers."
+            ),
+            "import": LazyCommand(
+                "moe_runtime.cli.trace_import", "import_", "Turn other files into a trace."
+            ),
+        },
+    ),
+    "cache": CommandFamily(
+        "Study expert caches.",
+        {
+            "simulate": LazyCommand(
+                "moe_runtime.cli.cache_simulate",
+                "simulate",
+                "Replay a trace through cache policies.",
+            ),
+        },
+    ),
 }
 
 
 class LazyGroup(TyperGroup):
-    """Lists commands from the table; imports one only to run it or to show its own help."""
+    """Lists commands from a table; imports one only to run it or to show its own help."""
+
+    table: Mapping[str, LazyCommand | CommandFamily] = COMMANDS
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        lazy = COMMANDS.get(cmd_name)
-        return None if lazy is None else TyperCommand(cmd_name, help=lazy.summary)
+        entry = self.table.get(cmd_name)
+        return None if entry is None else TyperCommand(cmd_name, help=entry.summary)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, _load_command(str(name)), rest
+        entry = self.table[str(name)]
+        if isinstance(entry, LazyCommand):
+            return name, _load_command(str(name), entry), rest
+        return name, _family_group(str(name), entry), rest or ["--help"]
 
 
-def _load_command(name: str) -> Any:
-    lazy = COMMANDS[name]
+def _load_command(name: str, lazy: LazyCommand) -> Any:
     module = import_module(lazy.module)
     alone = typer.Typer(add_completion=False)
     alone.command(name, epilog=getattr(module, "EPILOG", None))(getattr(module, lazy.attribute))
     return typer.main.get_command(alone)
+
+
+def _family_group(name: str, family: CommandFamily) -> Any:
+    group = LazyGroup(name=name, help=family.summary, rich_markup_mode="rich")
+    group.table = family.commands
+    return group
 
 
 def _print_version(is_wanted: bool) -> None:

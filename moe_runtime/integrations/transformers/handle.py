@@ -79,6 +79,11 @@ class Handle:
         # A model that is dropped, or a program that ends, leaves no copy of the experts behind.
         self._remove_spill = weakref.finalize(self, _remove, spill_folder)
 
+    @property
+    def sites(self) -> tuple[ExpertSite, ...]:
+        """Where the experts are: site `i` is MoE layer `i`."""
+        return tuple(self._sites)
+
     def report(self) -> dict[str, Any]:
         """`cache`, `memory` and `settings` of `generate --json`; counts are since loading."""
         cache = self.engine.cache

@@ -1,0 +1,59 @@
+"""Where in a model routing can be seen: its experts, and the routers beside them."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from moe_runtime.errors import UnsupportedModelError
+from moe_runtime.integrations.transformers.handle import handle
+from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
+
+
+def fused_sites(model: nn.Module) -> list[ExpertSite]:
+    """The MoE layers, offloaded or not, in the order of an ExpertKey's layers."""
+    try:
+        sites = list(handle(model).sites)
+    except UnsupportedModelError:
+        sites = find_sites(model)
+    if not sites:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no experts to record; give a Mixture-of-Experts model"
+        )
+    for site in sites:
+        if not site.is_fused:
+            raise UnsupportedModelError(
+                f"{site.name} is a list of modules, which do not see what the router chose; "
+                "routing is recorded for models whose experts are fused, as in transformers 5"
+            )
+    return sites
+
+
+def layer_ids(sites: Sequence[ExpertSite]) -> list[int]:
+    """The number of the decoder layer in each site's name."""
+    numbers = [re.findall(r"(?<=\.)\d+(?=\.)", f".{site.name}.") for site in sites]
+    ids = [int(found[0]) if found else -1 for found in numbers]
+    is_ascending = ids[0] >= 0 and all(np.diff(ids) > 0)
+    return ids if is_ascending else list(range(len(sites)))
+
+
+def num_hidden_layers(model: nn.Module, sites: Sequence[ExpertSite]) -> int:
+    config: Any = getattr(model, "config", None)
+    written = 0 if config is None else getattr(config.get_text_config(), "num_hidden_layers", 0)
+    return max(int(written), layer_ids(sites)[-1] + 1)
+
+
+def router_beside(model: nn.Module, site: ExpertSite) -> nn.Module:
+    """The module beside a site's experts whose output transformers records as router logits.
+
+    Where a family names none, the experts themselves, which see what the router sees.
+    """
+    recorded = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
+    marks = [names["router_logits"] for names in recorded if "router_logits" in names]
+    # Families name the class itself, or a recorder of it.
+    kinds = [getattr(mark, "target_class", mark) for mark in marks]
+    routers = tuple(kind for kind in kinds if isinstance(kind, type))
+    block = model.get_submodule(site.name.rpartition(".")[0])
+    return next((child for child in block.children() if isinstance(child, routers)), site.module)
