@@ -1,10 +1,14 @@
 """Which expert is in which slot, and who makes room for whom."""
 
-from collections.abc import Sequence, Set
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.expert import ExpertKey
+
+# The slot that a missing key is read into, and the key that had it until now.
+Read = tuple[int, ExpertKey | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +39,7 @@ class ExpertCache:
 
     num_slots: int
     policy: EvictionPolicy
-    counts: dict[int, LayerCounts] = field(default_factory=dict)
+    counts: defaultdict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
     _slots: dict[ExpertKey, int] = field(default_factory=dict)
     _free: list[int] = field(init=False)
 
@@ -54,31 +58,53 @@ class ExpertCache:
         return self._slots[key]
 
     def admit(self, keys: Sequence[ExpertKey]) -> list[Access]:
-        """Plan one layer of one forward: `keys` are what it needs, in order of use.
+        """Decide as `decide` does, and say for each key where it is or must be read into."""
+        held, reads = self.decide(keys)
+        next_read = iter(reads)
+        return [
+            Access(key, slot, True, None) if slot is not None else _miss(key, next(next_read))
+            for key, slot in zip(keys, held, strict=True)
+        ]
 
-        What the layer needs is pinned until used: a key read for this layer is not evicted by a
-        later miss of the same layer. With more keys than slots the layer runs in waves: keys
+    def decide(self, keys: Sequence[ExpertKey]) -> tuple[list[int | None], list[Read]]:
+        """Plan one layer of one forward: distinct `keys` are what it needs, in order of use.
+
+        Returns the slot of each key, None where it misses, and the reads of those that miss, in
+        order. What the layer needs is pinned until used: a key read for this layer is not evicted
+        by a later miss of the same layer. With more keys than slots the layer runs in waves: keys
         already passed may leave, each is still read at most once. If keys not yet passed fill
         every slot, the one used last makes room, and is read again at its turn.
         """
-        fits = len(keys) <= self.num_slots
-        pinned: Set[ExpertKey] = set(keys)
-        accesses = []
-        for position, key in enumerate(keys):
-            counts = self.counts.setdefault(key.layer, LayerCounts())
-            slot = self._slots.get(key)
-            if slot is not None:
-                counts.hits += 1
-                accesses.append(Access(key, slot, True, None))
-            else:
-                counts.misses += 1
-                if not fits and not self._free:
-                    pinned = set(keys[position + 1 :])
-                slot, evicted = self._make_room(keys, pinned)
-                self._slots[key] = slot
-                accesses.append(Access(key, slot, False, evicted))
-            self.policy.touch(key)
-        return accesses
+        slots, free, policy = self._slots, self._free, self.policy
+        held = list(map(slots.get, keys))
+        reads: list[Read] = []
+        if None not in held:  # the common case, kept short
+            for key in keys:
+                policy.touch(key)
+        else:
+            fits = len(keys) <= self.num_slots
+            pinned = set(keys)
+            for position, key in enumerate(keys):
+                if not fits:
+                    pinned.discard(key)
+                    held[position] = slots.get(key)  # an earlier miss may have evicted it
+                if held[position] is None:
+                    if free:
+                        slot, evicted = free.pop(), None
+                    else:
+                        evicted = policy.victim(pinned)
+                        if evicted is None:
+                            evicted = next(key for key in reversed(keys) if key in slots)
+                        policy.forget(evicted)
+                        slot = slots.pop(evicted)
+                    slots[key] = slot
+                    reads.append((slot, evicted))
+                policy.touch(key)
+        if keys:
+            counts = self.counts[keys[0].layer]
+            counts.hits += len(keys) - len(reads)
+            counts.misses += len(reads)
+        return held, reads
 
     def discard(self, key: ExpertKey) -> None:
         """Forget `key`, whose slot does not hold it after all."""
@@ -88,19 +114,13 @@ class ExpertCache:
             self._free.append(slot)
 
     def clear(self) -> None:
-        """Forget every key, also after an interrupt that left `admit` half done."""
+        """Forget every key, also after an interrupt that left `decide` half done."""
         for key in list(self._slots):
             self.policy.forget(key)
         self._slots.clear()
         self._free = list(range(self.num_slots - 1, -1, -1))
 
-    def _make_room(
-        self, keys: Sequence[ExpertKey], pinned: Set[ExpertKey]
-    ) -> tuple[int, ExpertKey | None]:
-        if self._free:
-            return self._free.pop(), None
-        victim = self.policy.victim(pinned)
-        if victim is None:
-            victim = next(key for key in reversed(keys) if key in self._slots)
-        self.policy.forget(victim)
-        return self._slots.pop(victim), victim
+
+def _miss(key: ExpertKey, read: Read) -> Access:
+    slot, evicted = read
+    return Access(key, slot, False, evicted)

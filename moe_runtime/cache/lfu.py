@@ -1,55 +1,68 @@
 """Least-frequently-used eviction."""
 
-import heapq
-from collections import Counter, OrderedDict
+from bisect import insort
 from collections.abc import Mapping, Set
+from itertools import count
 
 from moe_runtime.expert import ExpertKey
+
+Rank = tuple[int, int, ExpertKey]  # uses, time of the last one, and whose they are
 
 
 class LFUPolicy:
     """Evict the expert used least often, the longest unused among equals.
 
-    Counts outlive eviction: an expert that returns keeps its history. O(1) amortised per access.
+    Counts outlive eviction: an expert that returns keeps its history. O(1) per access; a victim and
+    what comes in its place cost O(log n) comparisons and a move of at most n references.
     """
 
     name = "lfu"
 
     def __init__(self) -> None:
-        self._uses: Counter[ExpertKey] = Counter()
-        # Resident keys by number of uses, longest unused first; `_levels` is a heap of its keys.
-        self._by_uses: dict[int, OrderedDict[ExpertKey, None]] = {}
-        self._levels: list[int] = []
+        self._clock = count()
+        self._rank: dict[ExpertKey, Rank] = {}  # of resident keys
+        self._past_uses: dict[ExpertKey, int] = {}  # of keys that have left
+        # A rank of each resident key, ascending. Use only raises ranks: one that is out of date is
+        # put right when it comes up, so that a hit costs nothing here.
+        self._queue: list[Rank] = []
+        self._victim_index = 0  # where the last victim stands, for `forget`
 
     def touch(self, key: ExpertKey) -> None:
-        self._remove(key)
-        self._uses[key] += 1
-        uses = self._uses[key]
-        if uses not in self._by_uses:
-            self._by_uses[uses] = OrderedDict()
-            heapq.heappush(self._levels, uses)
-        self._by_uses[uses][key] = None
+        before = self._rank.get(key)
+        if before is not None:
+            self._rank[key] = (before[0] + 1, next(self._clock), key)
+        else:
+            rank = (self._past_uses.get(key, 0) + 1, next(self._clock), key)
+            self._rank[key] = rank
+            insort(self._queue, rank)
 
     def victim(self, pinned: Set[ExpertKey]) -> ExpertKey | None:
-        while self._levels and not self._by_uses[self._levels[0]]:
-            del self._by_uses[heapq.heappop(self._levels)]
-        lowest = self._levels[0] if self._levels else 0
-        for key in self._by_uses.get(lowest, ()):
-            if key not in pinned:
+        queue = self._queue
+        index = 0
+        while index < len(queue):
+            rank = queue[index]
+            key = rank[2]
+            if key in pinned:
+                index += 1
+                continue
+            current = self._rank.get(key)  # None after an interrupt in the middle of `forget`
+            if current is rank:
+                self._victim_index = index
                 return key
-        for uses in sorted(self._by_uses):  # every key of the lowest level is pinned
-            for key in self._by_uses[uses]:
-                if key not in pinned:
-                    return key
+            del queue[index]
+            if current is not None:
+                insort(queue, current)
         return None
 
     def forget(self, key: ExpertKey) -> None:
-        self._remove(key)
+        rank = self._rank.pop(key, None)
+        if rank is not None:
+            self._past_uses[key] = rank[0]
+            queue, index = self._queue, self._victim_index
+            if index < len(queue) and queue[index] is rank:
+                del queue[index]
+            else:  # it was not chosen by `victim`
+                self._queue = [queued for queued in queue if queued[2] != key]
 
     def advise(self, predictions: Mapping[ExpertKey, float]) -> None:
         """Counts of the past are all this policy looks at."""
-
-    def _remove(self, key: ExpertKey) -> None:
-        level = self._by_uses.get(self._uses[key])
-        if level is not None:
-            level.pop(key, None)

@@ -19,7 +19,10 @@ class LRUPolicy:
         self._order.move_to_end(key)
 
     def victim(self, pinned: Set[ExpertKey]) -> ExpertKey | None:
-        return next((key for key in self._order if key not in pinned), None)
+        for key in self._order:
+            if key not in pinned:
+                return key
+        return None
 
     def forget(self, key: ExpertKey) -> None:
         self._order.pop(key, None)
