@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from moe_runtime.cli.doctor import doctor
 from moe_runtime.kernels.cpu.gemv_status import gemv_status
-from moe_runtime.measure import direct_read, hardware_checks, software_checks
+from moe_runtime.measure import direct_read, hardware_checks, random_read, software_checks
 from moe_runtime.measure.check import Check, Status
 from moe_runtime.measure.doctor import Diagnosis, diagnose
 
@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 def test_without_direct_reads_the_budget_is_said_to_leak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct_read, "_reopen_direct", lambda descriptor: None)
+    monkeypatch.setattr(random_read, "_open_direct", lambda file: None)
     direct, speed = hardware_checks.check_disk(tmp_path, seconds=0.01)
     assert direct.status is Status.WARN
     assert "page cache" in direct.remedy

@@ -1,8 +1,6 @@
 """Checks of the machine: processor, memory, disk and GPU."""
 
-import os
 import platform
-import re
 import resource
 from pathlib import Path
 
@@ -11,10 +9,9 @@ import psutil
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.measure.check import Check, Status
 from moe_runtime.measure.direct_read import measure_direct_read
+from moe_runtime.measure.processor import this_processor
 from moe_runtime.measure.software_checks import installed_version
 from moe_runtime.memory.available import available_memory_bytes, cgroup_limit_bytes
-
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 # torch and transformers alone stay resident with 340 to 450 MB.
 _IMPORTS_BYTES = 512 * 2**20
@@ -24,14 +21,12 @@ _SLOW_DISK_GBPS = 0.3
 
 def check_cpu() -> Check:
     """The processor, its vector instructions, and the cores this process may use."""
-    text = _read_text(Path("/proc/cpuinfo"))
-    model = _cpuinfo_field(text, "model name") or platform.processor() or platform.machine()
-    present = set(_cpuinfo_field(text, "flags").split())
-    flags = [flag for flag in CPU_FLAGS if flag in present]
-    cores = num_usable_cores()
-    facts: dict[str, object] = {"model": model, "flags": flags, "cores": cores}
-    finding = f"{model}, {cores} usable cores, {' '.join(flags) or 'no AVX2'}"
-    if platform.machine() in ("x86_64", "AMD64") and present and "avx2" not in present:
+    processor = this_processor()
+    flags, cores = processor.flags, processor.usable_cores
+    facts: dict[str, object] = {"model": processor.model, "flags": list(flags), "cores": cores}
+    finding = f"{processor.model}, {cores} usable cores, {' '.join(flags) or 'no AVX2'}"
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    if is_x86 and processor.is_listed and "avx2" not in flags:
         return Check(
             name="cpu",
             status=Status.WARN,
@@ -40,13 +35,6 @@ def check_cpu() -> Check:
             facts=facts,
         )
     return Check(name="cpu", status=Status.OK, finding=finding, facts=facts)
-
-
-def num_usable_cores() -> int:
-    """Cores in this process's affinity mask."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_memory() -> Check:
@@ -193,15 +181,3 @@ def check_gpu() -> Check:
             facts=facts,
         )
     return Check(name="gpu", status=Status.OK, finding=finding, facts=facts)
-
-
-def _cpuinfo_field(text: str, name: str) -> str:
-    match = re.search(rf"^{name}\s*:\s*(.*)$", text, flags=re.MULTILINE)
-    return match.group(1).strip() if match else ""
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
