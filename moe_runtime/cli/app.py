@@ -83,6 +83,14 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
             ),
         },
     ),
+    "bench": CommandFamily(
+        "Measure speed against peers and against the machine's limits.",
+        {
+            "offload": LazyCommand(
+                "moe_runtime.cli.bench_offload", "offload", "Decode with experts on disk."
+            ),
+        },
+    ),
 }
 
 

@@ -1,0 +1,265 @@
+"""One residency with one routing: from contestants to a table."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+
+from moe_runtime.errors import ContestantError
+from moe_runtime.integrations.transformers.resolve import resolve_model
+from moe_runtime.measure.bench.contestant_process import Turn
+from moe_runtime.measure.bench.gate import Gate, compare_logits
+from moe_runtime.measure.bench.job import Job
+from moe_runtime.measure.bench.lineup import line_up
+from moe_runtime.measure.bench.memory_group import MemoryGroups, memory_groups
+from moe_runtime.measure.bench.prediction import simulated_counts
+from moe_runtime.measure.bench.report import Caps, Prediction, Row, Table
+from moe_runtime.measure.bench.rounds import Lane, Measured, Schedule, take_turns
+from moe_runtime.measure.bench.routing import Routing
+from moe_runtime.measure.bench.settings import Progress, Settings
+from moe_runtime.measure.bench.sitting import Seat, Sitting
+from moe_runtime.measure.bench.table import ceiling_of, failed_row, mean_ms, measured_row
+from moe_runtime.measure.inspection import Inspection
+from moe_runtime.measure.peers.catalog import OURS
+from moe_runtime.measure.random_read import RandomReads
+from moe_runtime.measure.spread import Spread
+from moe_runtime.trace import Trace
+
+_REFERENCE_VARIANT = "eager"
+_NO_EXPERTS = "no_experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """One table, and our time and the predicted one for comparisons between routings."""
+
+    table: Table
+    ours_ms: float | None
+    predicted_ms: float | None
+
+
+class OneTable:
+    """Knows its rounds and the rows to replay; `run` starts, measures and ends everybody."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        inspection: Inspection,
+        residency: float,
+        routing: Routing,
+        progress: Progress,
+    ) -> None:
+        self._settings = settings
+        self._inspection = inspection
+        self._residency = residency
+        self._routing = routing
+        self._progress = progress
+        self._lineup = line_up(
+            settings.peers, residency=residency, routing=routing, no_gguf=settings.no_gguf
+        )
+        config = resolve_model(settings.checkpoint).config.get_text_config()
+        lanes = 1 + sum(len(one.variants) for one in self._lineup.starting)
+        self._schedule = Schedule.of(
+            num_steps=settings.num_steps,
+            seconds=settings.seconds,
+            num_lanes=lanes,
+            vocab_size=config.vocab_size,
+        )
+        self._rows = routing.rows(
+            num_rows=self._schedule.num_rounds * self._schedule.tokens_per_round,
+            num_layers=inspection.num_moe_layers,
+            num_experts=inspection.experts_per_layer,
+            top_k=inspection.top_k,
+        )
+
+    def run(self) -> Found:
+        with ExitStack() as stack:
+            # Groups can go once the processes in them have ended, so they are opened first.
+            groups = stack.enter_context(memory_groups())
+            sitting = stack.enter_context(self._sitting(groups))
+            return self._measure(sitting, self._caps(groups))
+
+    def _sitting(self, groups: MemoryGroups | None) -> Sitting:
+        weight_bytes = int(self._residency * self._inspection.checkpoint_bytes)
+        return Sitting(
+            self._job(),
+            self._rows,
+            groups,
+            weight_bytes=None if self._residency >= 1 else weight_bytes,
+            equal_totals=self._settings.equal_totals,
+            on_stage=self._say,
+        )
+
+    def _caps(self, groups: MemoryGroups | None) -> Caps:
+        if self._residency >= 1:
+            return Caps.NOT_NEEDED
+        return Caps.IMPOSSIBLE if groups is None else Caps.ENFORCED
+
+    def _job(self) -> Job:
+        return Job(
+            checkpoint=self._settings.checkpoint.resolve(),
+            gguf=None if self._settings.gguf is None else self._settings.gguf.resolve(),
+            scratch=self._settings.work_folder.resolve(),
+            replay=None,
+            dtype=self._inspection.dtype,
+            policy=self._settings.policy,
+            num_threads=torch.get_num_threads(),
+            memory_bytes=None,
+            context_tokens=max(64, self._schedule.tokens_per_round),
+        )
+
+    def _measure(self, sitting: Sitting, caps: Caps) -> Found:
+        sitting.start(self._lineup.starting)
+        schedule = self._schedule
+        self._say("comparing outputs")
+        gates, gate_tokens = self._gates(sitting)
+        lanes = [
+            Lane(
+                name=seat.contestant.row_name(variant),
+                process=seat.process,
+                variant=variant,
+                reads_disk=self._residency < 1,
+            )
+            for seat in sitting.seats.values()
+            for variant in seat.contestant.variants
+            if gates[seat.contestant.row_name(variant)].is_green
+        ]
+        lanes.append(
+            Lane(name=_NO_EXPERTS, process=sitting.reference, variant=_NO_EXPERTS, reads_disk=False)
+        )
+        measured = self._take_turns(lanes)
+        if _NO_EXPERTS in measured.failures:
+            raise measured.failures[_NO_EXPERTS]
+        counted = {name: turns[schedule.first_counted :] for name, turns in measured.turns.items()}
+        rows = self._rows_of(sitting, gates, measured, counted, caps)
+        ours, seat = measured.turns.get(OURS.name), sitting.seats.get(OURS.name)
+        ceiling, prediction = None, None
+        rate = measured.best_rate_gbps()
+        if ours is not None and seat is not None:
+            if rate is not None:
+                ceiling = ceiling_of(
+                    counted[OURS.name],
+                    counted[_NO_EXPERTS],
+                    slot_bytes=seat.facts["slot_bytes"],
+                    rate_gbps=rate,
+                )
+            prediction = self._prediction(
+                ours, seat, gate_tokens, mean_ms(counted[_NO_EXPERTS]), rate
+            )
+        table = Table(
+            residency=self._residency,
+            routing=self._routing.name,
+            totals="equal" if self._settings.equal_totals else "weights",
+            caps=caps,
+            weight_bytes=int(min(self._residency, 1.0) * self._inspection.checkpoint_bytes),
+            rows=rows,
+            no_experts_ms=Spread.of([turn.mean_ms for turn in counted[_NO_EXPERTS]]),
+            direct_read_gbps=rate,
+            direct_reads=measured.as_rates(),
+            ceiling=ceiling,
+            prediction=prediction,
+            num_rounds=schedule.num_rounds,
+            tokens_per_round=schedule.tokens_per_round,
+            other_cores=measured.other_cores,
+        )
+        return Found(
+            table=table,
+            ours_ms=mean_ms(counted[OURS.name]) if ours is not None else None,
+            predicted_ms=None if prediction is None else prediction.ms_per_token,
+        )
+
+    def _gates(self, sitting: Sitting) -> tuple[dict[str, Gate], int]:
+        """Every row's gate, on the first round's tokens; and how many of them ours decoded."""
+        gates: dict[str, Gate] = {}
+        num_tokens = 0
+        tokens = self._schedule.rounds[0]
+        expected, _ = sitting.logits(sitting.reference, _REFERENCE_VARIANT, tokens, 0)
+        for name, seat in list(sitting.seats.items()):
+            for variant in seat.contestant.variants:
+                try:
+                    found, count = sitting.logits(seat.process, variant, tokens, 0)
+                except ContestantError as error:
+                    sitting.fail(name, error)
+                    break
+                gates[seat.contestant.row_name(variant)] = compare_logits(
+                    found, expected, tolerance=seat.contestant.tolerance
+                )
+                if name == OURS.name:
+                    num_tokens = count
+        return gates, num_tokens
+
+    def _take_turns(self, lanes: list[Lane]) -> Measured:
+        self._say(f"{self._schedule.num_rounds} rounds")
+        if self._residency >= 1:
+            return take_turns(lanes, self._schedule, None, self._progress.on_round)
+        with RandomReads(sorted(self._settings.checkpoint.glob("*.safetensors"))) as reads:
+            # Without O_DIRECT the rate says nothing of what a miss costs: there is no ceiling then.
+            return take_turns(
+                lanes,
+                self._schedule,
+                reads if reads.is_direct else None,
+                self._progress.on_round,
+            )
+
+    def _rows_of(
+        self,
+        sitting: Sitting,
+        gates: dict[str, Gate],
+        measured: Measured,
+        counted: dict[str, list[Turn]],
+        caps: Caps,
+    ) -> list[Row]:
+        rows = []
+        for contestant in self._lineup.starting:
+            seat = sitting.seats.get(contestant.name)
+            if seat is None:
+                rows.append(failed_row(contestant, sitting.failures[contestant.name]))
+                continue
+            for variant in contestant.variants:
+                name = contestant.row_name(variant)
+                if name in measured.failures:
+                    rows.append(failed_row(contestant, measured.failures[name]))
+                    continue
+                rows.append(
+                    measured_row(
+                        seat,
+                        variant,
+                        counted.get(name, []),
+                        gates[name],
+                        counted.get(OURS.name),
+                        may_compare=caps is not Caps.IMPOSSIBLE,
+                    )
+                )
+        return rows + self._lineup.absent
+
+    def _prediction(
+        self,
+        ours: list[Turn],
+        seat: Seat,
+        num_gate_tokens: int,
+        no_experts_ms: float,
+        rate_gbps: float | None,
+    ) -> Prediction | None:
+        rows: Trace | None = self._rows
+        if rows is None or self._residency >= 1:
+            return None
+        hits, misses = simulated_counts(
+            rows,
+            ours,
+            self._schedule,
+            num_gate_tokens=num_gate_tokens,
+            num_layers=self._inspection.num_moe_layers,
+            slots=seat.facts["slots"],
+            policy=seat.facts["policy"],
+        )
+        num_tokens = sum(turn.num_tokens for turn in ours[self._schedule.first_counted :])
+        missed_bytes = misses * seat.facts["slot_bytes"] / num_tokens
+        return Prediction(
+            hit_rate=hits / (hits + misses),
+            ms_per_token=(
+                None if rate_gbps is None else missed_bytes / rate_gbps / 1e6 + no_experts_ms
+            ),
+        )
+
+    def _say(self, stage: str) -> None:
+        self._progress.on_stage(f"{self._residency:.0%}, {self._routing.name} routing: {stage}")

@@ -1,0 +1,75 @@
+"""transformers with accelerate's disk offload: experts on disk, the rest in memory."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from moe_runtime.integrations.transformers.progress import quiet_transformers
+from moe_runtime.integrations.transformers.sites import find_sites
+from moe_runtime.measure.bench.job import Job
+from moe_runtime.measure.peers.decoder import Decoder
+
+# Of eager, grouped_mm and batched_mm the best when memory is capped, with grouped_mm level.
+_EXPERTS_IMPLEMENTATION = "eager"
+
+
+class AccelerateDisk:
+    """accelerate maps files with all experts of a layer; those computed with are paged in."""
+
+    _decoder: Decoder
+
+    def load(self, job: Job) -> dict[str, Any]:
+        dtype = getattr(torch, job.dtype)
+        config = AutoConfig.from_pretrained(job.checkpoint, local_files_only=True)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        device_map = experts_on_disk(skeleton)
+        with quiet_transformers(lambda done, total: None):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                job.checkpoint,
+                dtype=dtype,
+                experts_implementation=_EXPERTS_IMPLEMENTATION,
+                local_files_only=True,
+                device_map=device_map,
+                offload_folder=str(job.scratch),
+            )
+        self._decoder = Decoder(model, job)
+        return {"experts": _EXPERTS_IMPLEMENTATION}
+
+    def start(self, variant: str, first_row: int) -> None:
+        self._decoder.start(first_row)
+
+    def step(self, token: int) -> None:
+        self._decoder.step(token)
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        return self._decoder.logits()
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+def experts_on_disk(model: nn.Module) -> dict[str, str]:
+    """A device map with every experts module on disk and all else on the CPU."""
+    experts = {site.name for site in find_sites(model)}
+
+    def places(name: str, module: nn.Module) -> dict[str, str]:
+        if name in experts:
+            return {name: "disk"}
+        prefix = f"{name}." if name else ""
+        if not any(inner.startswith(prefix) for inner in experts):
+            return {name: "cpu"}
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        found = {prefix + parameter: "cpu" for parameter, _ in own}
+        for child, inside in module.named_children():
+            found |= places(prefix + child, inside)
+        return found
+
+    return places("", model)
+
+
+PEER = AccelerateDisk

@@ -1,0 +1,37 @@
+"""Forced decoding with a transformers model, whoever holds its experts."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from moe_runtime.measure.bench.job import Job
+from moe_runtime.measure.replay_routing import RoutingReplay
+from moe_runtime.trace import Trace
+
+
+class Decoder:
+    """One sequence of one-token steps, with the router's choice or a replayed one."""
+
+    def __init__(self, model: PreTrainedModel, job: Job) -> None:
+        self._model = model
+        self._replay = None
+        if job.replay is not None:
+            self._replay = RoutingReplay(model, Trace.load(job.replay))
+        self._cache = DynamicCache()
+        self._logits_V = torch.empty(0)
+
+    def start(self, first_row: int) -> None:
+        """A new sequence."""
+        self._cache = DynamicCache(config=self._model.config)
+        if self._replay is not None:
+            self._replay.seek(first_row)
+
+    @torch.no_grad()
+    def step(self, token: int) -> None:
+        output = self._model(torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
+        self._logits_V = output.logits[0, -1]
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        found: npt.NDArray[np.float32] = self._logits_V.float().numpy()
+        return found

@@ -1,0 +1,80 @@
+"""transformers under DeepSpeed ZeRO-3 with its parameters offloaded to CPU memory."""
+
+import os
+import socket
+from typing import Any
+
+import deepspeed
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+from moe_runtime.integrations.transformers.progress import quiet_transformers
+from moe_runtime.measure.bench.job import Job
+from moe_runtime.measure.peers.decoder import Decoder
+
+_CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "bf16": {"enabled": True},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_param": {"device": "cpu", "pin_memory": False},
+    },
+}
+
+
+class DeepSpeedZero3:
+    """One rank; every module's parameters are gathered before it runs and let go after."""
+
+    _decoder: Decoder
+
+    def load(self, job: Job) -> dict[str, Any]:
+        _join_a_world_of_one()
+        dtype = getattr(torch, job.dtype)
+        keep = HfDeepSpeedConfig(_CONFIG)  # transformers looks for it while it loads
+        with quiet_transformers(lambda done, total: None):
+            model = AutoModelForCausalLM.from_pretrained(
+                job.checkpoint, dtype=dtype, experts_implementation="eager", local_files_only=True
+            )
+        del keep
+        engine = deepspeed.initialize(model=model, config=_CONFIG)[0]
+        engine.module.eval()
+        _repair_rotary_frequencies(engine.module)
+        self._decoder = Decoder(engine.module, job)
+        return {"repaired": "rotary inv_freq, which ZeRO-3 casts to bfloat16"}
+
+    def start(self, variant: str, first_row: int) -> None:
+        self._decoder.start(first_row)
+
+    def step(self, token: int) -> None:
+        self._decoder.step(token)
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        return self._decoder.logits()
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+
+def _join_a_world_of_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def _repair_rotary_frequencies(model: PreTrainedModel) -> None:
+    """Compute `inv_freq` anew in float32: in bfloat16 positions drift apart after a few tokens."""
+    for module in model.modules():
+        if "inv_freq" in module._buffers:
+            fresh = type(module)(module.config)
+            for name, value in fresh._buffers.items():
+                setattr(module, name, value)
+
+
+PEER = DeepSpeedZero3
