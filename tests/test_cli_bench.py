@@ -47,7 +47,14 @@ def test_json_is_one_object_and_the_page_is_written(
     assert found.keys() == {
         "is_green", "command", "machine", "versions", "commit", "model", "tables", "comparisons",
     }  # fmt: skip
-    assert found["machine"].keys() == {"cpu", "cpu_flags", "cores", "memory_bytes", "kernel"}
+    assert found["machine"].keys() == {
+        "cpu",
+        "cpu_flags",
+        "cores",
+        "memory_bytes",
+        "read_ahead_kib",
+        "kernel",
+    }
     assert {"moe_runtime", "python", "torch", "transformers"} <= found["versions"].keys()
     (table,) = found["tables"]
     assert table["capped"] is None
