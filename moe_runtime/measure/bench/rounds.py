@@ -13,9 +13,11 @@ from moe_runtime.measure.bench.contestant_process import ContestantProcess, Turn
 from moe_runtime.measure.random_read import RandomReads
 
 # A shared disk grants bursts: what reads first after a pause is served faster. So every contestant
-# of the disk starts after the same pause, and raw reads last about as long as a round of tokens.
+# of the disk starts after the same pause, and raw reads last as long as the round's longest turn,
+# within these limits.
 _PAUSE_SECONDS = 0.5
 _RATE_SECONDS = 0.8
+_MOST_RATE_SECONDS = 5.0
 RATE_SETTINGS = ((2**20, 2), (2**20, 8), (5 * 2**20, 2))  # block bytes, blocks at a time
 
 _TOKENS_PER_ROUND = 20
@@ -117,6 +119,7 @@ def take_turns(
     for index, tokens in enumerate(schedule.rounds):
         on_round(index, schedule.num_rounds)
         first = index % len(lanes)
+        longest_seconds = 0.0
         for lane in (*lanes[first:], *lanes[:first]):
             if lane.name in found.failures:
                 continue
@@ -133,11 +136,15 @@ def take_turns(
                 found.fail(lane.name, error)
             else:
                 found.turns[lane.name].append(turn)
+                if lane.reads_disk:
+                    longest_seconds = max(longest_seconds, sum(turn.milliseconds) / 1e3)
         if reads is not None:
             setting = RATE_SETTINGS[index % len(RATE_SETTINGS)]
             time.sleep(_PAUSE_SECONDS)
             rate = reads.rate_gbps(
-                block_bytes=setting[0], num_threads=setting[1], seconds=_RATE_SECONDS
+                block_bytes=setting[0],
+                num_threads=setting[1],
+                seconds=max(_RATE_SECONDS, min(longest_seconds, _MOST_RATE_SECONDS)),
             )
             found.rates_gbps.setdefault(setting, []).append(rate)
     others = _busy_seconds(processes) - busy_before
