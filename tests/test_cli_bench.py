@@ -79,7 +79,7 @@ def test_a_red_gate_prints_no_speed_and_ends_with_1(
 ) -> None:
     def red(*_: object, **__: object) -> Gate:
         return Gate(
-            is_green=False, is_bit_equal=False, relative_error=0.3, tolerance=0.0,
+            is_green=False, is_bit_equal=False, relative_error=0.3, worst_error=0.3, tolerance=0.0,
             same_top_1=0.5, num_tokens=1,
         )  # fmt: skip
 

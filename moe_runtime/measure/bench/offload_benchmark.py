@@ -1,5 +1,6 @@
 """Ours and the peers decode one model with part of its experts in memory."""
 
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,14 @@ import psutil
 
 from moe_runtime.errors import BudgetError
 from moe_runtime.expert_memory import format_bytes
+from moe_runtime.integrations.transformers.resolve import resolve_model
+from moe_runtime.measure.bench.memory_group import memory_groups
 from moe_runtime.measure.bench.one_table import Found, OneTable
 from moe_runtime.measure.bench.report import Comparison, Table
+from moe_runtime.measure.bench.rounds import Schedule, take_turns
 from moe_runtime.measure.bench.settings import Progress, Settings
 from moe_runtime.measure.inspection import Inspection, inspect_model
+from moe_runtime.measure.random_read import RandomReads
 
 # transformers holds every weight, and a little more.
 _REFERENCE_BYTES = 2**30
@@ -20,19 +25,25 @@ _REFERENCE_BYTES = 2**30
 def run_offload_benchmark(
     settings: Settings, progress: Progress
 ) -> tuple[list[Table], list[Comparison]]:
-    """A table for each residency and routing, one after the other.
+    """A table for each residency and routing, one residency after the other.
 
-    Contestants are processes of their own, alive together and taking turns. Raises BudgetError when
-    the machine cannot hold the reference, which needs all weights.
+    Contestants are processes of their own, alive together and taking turns, those of all routings
+    with each other: a disk changes its rate within minutes, and routings are compared. Raises
+    BudgetError when the machine cannot hold the references, which need all weights.
     """
     inspection = inspect_model(settings.checkpoint)
-    _check_memory(inspection)
+    _check_memory(inspection, len(settings.routings))
     tables, comparisons = [], []
     for residency in settings.residencies:
-        found = [
-            OneTable(settings, inspection, residency, routing, progress).run()
-            for routing in settings.routings
-        ]
+        found = _measure(
+            [
+                OneTable(settings, inspection, residency, routing, progress)
+                for routing in settings.routings
+            ],
+            settings,
+            progress,
+            reads_disk=residency < 1,
+        )
         tables += [one.table for one in found]
         comparisons += [
             comparison
@@ -40,6 +51,31 @@ def run_offload_benchmark(
             if (comparison := _compare(*pair, residency)) is not None
         ]
     return tables, comparisons
+
+
+def _measure(
+    tables: list[OneTable], settings: Settings, progress: Progress, *, reads_disk: bool
+) -> list[Found]:
+    config = resolve_model(settings.checkpoint).config.get_text_config()
+    schedule = Schedule.of(
+        num_steps=settings.num_steps,
+        seconds=settings.seconds * len(tables),
+        num_lanes=sum(table.num_lanes for table in tables),
+        vocab_size=config.vocab_size,
+    )
+    with ExitStack() as stack:
+        # Groups can go once the processes in them have ended, so they are opened first.
+        groups = stack.enter_context(memory_groups())
+        lanes = [lane for table in tables for lane in table.start(stack, groups, schedule)]
+        reads = None
+        if reads_disk:
+            files = sorted(settings.checkpoint.glob("*.safetensors"))
+            reads = stack.enter_context(RandomReads(files))
+            # Without O_DIRECT the rate says nothing of what a miss costs: no ceiling then.
+            reads = reads if reads.is_direct else None
+        progress.on_stage(f"{schedule.num_rounds} rounds")
+        measured = take_turns(lanes, schedule, reads, progress.on_round)
+        return [table.finish(measured) for table in tables]
 
 
 def describe_model(checkpoint: Path) -> dict[str, Any]:
@@ -75,11 +111,12 @@ def _compare(first: Found, second: Found, residency: float) -> Comparison | None
     )
 
 
-def _check_memory(inspection: Inspection) -> None:
-    needed = inspection.checkpoint_bytes + _REFERENCE_BYTES
+def _check_memory(inspection: Inspection, num_routings: int) -> None:
+    needed = num_routings * (inspection.checkpoint_bytes + _REFERENCE_BYTES)
     free = psutil.virtual_memory().available
     if needed > free:
         raise BudgetError(
-            f"the reference, unmodified transformers, needs about {format_bytes(needed)} and "
-            f"{format_bytes(free)} are free; take fewer --layers, or end other programs"
+            "the reference, unmodified transformers for each routing, needs about "
+            f"{format_bytes(needed)} and {format_bytes(free)} are free; take fewer --layers, or "
+            "end other programs"
         )

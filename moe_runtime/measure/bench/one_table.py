@@ -6,22 +6,20 @@ from dataclasses import dataclass
 import torch
 
 from moe_runtime.errors import ContestantError
-from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.measure.bench.contestant_process import Turn
+from moe_runtime.measure.bench.contestant_process import ContestantProcess, Turn
 from moe_runtime.measure.bench.gate import Gate, compare_logits
 from moe_runtime.measure.bench.job import Job
 from moe_runtime.measure.bench.lineup import line_up
-from moe_runtime.measure.bench.memory_group import MemoryGroups, memory_groups
+from moe_runtime.measure.bench.memory_group import MemoryGroups
 from moe_runtime.measure.bench.prediction import simulated_counts
 from moe_runtime.measure.bench.report import Caps, Prediction, Row, Table
-from moe_runtime.measure.bench.rounds import Lane, Measured, Schedule, take_turns
+from moe_runtime.measure.bench.rounds import Lane, Measured, Schedule
 from moe_runtime.measure.bench.routing import Routing
 from moe_runtime.measure.bench.settings import Progress, Settings
 from moe_runtime.measure.bench.sitting import Seat, Sitting
 from moe_runtime.measure.bench.table import ceiling_of, failed_row, mean_ms, measured_row
 from moe_runtime.measure.inspection import Inspection
 from moe_runtime.measure.peers.catalog import OURS
-from moe_runtime.measure.random_read import RandomReads
 from moe_runtime.measure.spread import Spread
 from moe_runtime.trace import Trace
 
@@ -39,7 +37,11 @@ class Found:
 
 
 class OneTable:
-    """Knows its rounds and the rows to replay; `run` starts, measures and ends everybody."""
+    """Who takes part and which rows they replay; turns are taken elsewhere, between two calls.
+
+    `start` loads everybody and returns their lanes; `finish` makes the table of what the lanes did.
+    So several tables can take turns with each other.
+    """
 
     def __init__(
         self,
@@ -49,6 +51,10 @@ class OneTable:
         routing: Routing,
         progress: Progress,
     ) -> None:
+        self._sitting: Sitting | None = None
+        self._gates: dict[str, Gate] = {}
+        self._num_gate_tokens = 0
+        self._caps = Caps.NOT_NEEDED
         self._settings = settings
         self._inspection = inspection
         self._residency = residency
@@ -57,43 +63,60 @@ class OneTable:
         self._lineup = line_up(
             settings.peers, residency=residency, routing=routing, no_gguf=settings.no_gguf
         )
-        config = resolve_model(settings.checkpoint).config.get_text_config()
-        lanes = 1 + sum(len(one.variants) for one in self._lineup.starting)
-        self._schedule = Schedule.of(
-            num_steps=settings.num_steps,
-            seconds=settings.seconds,
-            num_lanes=lanes,
-            vocab_size=config.vocab_size,
-        )
-        self._rows = routing.rows(
-            num_rows=self._schedule.num_rounds * self._schedule.tokens_per_round,
-            num_layers=inspection.num_moe_layers,
-            num_experts=inspection.experts_per_layer,
-            top_k=inspection.top_k,
-        )
 
-    def run(self) -> Found:
-        with ExitStack() as stack:
-            # Groups can go once the processes in them have ended, so they are opened first.
-            groups = stack.enter_context(memory_groups())
-            sitting = stack.enter_context(self._sitting(groups))
-            return self._measure(sitting, self._caps(groups))
+    @property
+    def num_lanes(self) -> int:
+        """How many take turns if all of them can."""
+        return 1 + sum(len(one.variants) for one in self._lineup.starting)
 
-    def _sitting(self, groups: MemoryGroups | None) -> Sitting:
+    def start(
+        self, stack: ExitStack, groups: MemoryGroups | None, schedule: Schedule
+    ) -> list[Lane]:
+        """Load everybody and compare their outputs; lanes of those that compute the same.
+
+        `stack` ends their processes.
+        """
+        self._schedule = schedule
+        self._rows = self._routing.rows(
+            num_rows=schedule.num_rounds * schedule.tokens_per_round,
+            num_layers=self._inspection.num_moe_layers,
+            num_experts=self._inspection.experts_per_layer,
+            top_k=self._inspection.top_k,
+        )
         weight_bytes = int(self._residency * self._inspection.checkpoint_bytes)
-        return Sitting(
-            self._job(),
-            self._rows,
-            groups,
-            weight_bytes=None if self._residency >= 1 else weight_bytes,
-            equal_totals=self._settings.equal_totals,
-            on_stage=self._say,
+        if self._residency < 1:
+            self._caps = Caps.IMPOSSIBLE if groups is None else Caps.ENFORCED
+        sitting = self._sitting = stack.enter_context(
+            Sitting(
+                self._job(),
+                self._rows,
+                groups,
+                weight_bytes=None if self._residency >= 1 else weight_bytes,
+                equal_totals=self._settings.equal_totals,
+                on_stage=self._say,
+            )
+        )
+        sitting.start(self._lineup.starting)
+        self._say("comparing outputs")
+        self._compare_outputs(sitting)
+        lanes = [
+            self._lane(seat.contestant.row_name(variant), seat.process, variant)
+            for seat in sitting.seats.values()
+            for variant in seat.contestant.variants
+            if self._gates[seat.contestant.row_name(variant)].is_green
+        ]
+        return [*lanes, self._lane(_NO_EXPERTS, sitting.reference, _NO_EXPERTS)]
+
+    def _lane(self, name: str, process: ContestantProcess, variant: str) -> Lane:
+        return Lane(
+            name=self._lane_name(name),
+            process=process,
+            variant=variant,
+            reads_disk=self._residency < 1 and name != _NO_EXPERTS,
         )
 
-    def _caps(self, groups: MemoryGroups | None) -> Caps:
-        if self._residency >= 1:
-            return Caps.NOT_NEEDED
-        return Caps.IMPOSSIBLE if groups is None else Caps.ENFORCED
+    def _lane_name(self, row: str) -> str:
+        return f"{self._routing.name}/{row}"
 
     def _job(self) -> Job:
         return Job(
@@ -108,30 +131,15 @@ class OneTable:
             context_tokens=max(64, self._schedule.tokens_per_round),
         )
 
-    def _measure(self, sitting: Sitting, caps: Caps) -> Found:
-        sitting.start(self._lineup.starting)
-        schedule = self._schedule
-        self._say("comparing outputs")
-        gates, gate_tokens = self._gates(sitting)
-        lanes = [
-            Lane(
-                name=seat.contestant.row_name(variant),
-                process=seat.process,
-                variant=variant,
-                reads_disk=self._residency < 1,
-            )
-            for seat in sitting.seats.values()
-            for variant in seat.contestant.variants
-            if gates[seat.contestant.row_name(variant)].is_green
-        ]
-        lanes.append(
-            Lane(name=_NO_EXPERTS, process=sitting.reference, variant=_NO_EXPERTS, reads_disk=False)
-        )
-        measured = self._take_turns(lanes)
+    def finish(self, measured: Measured) -> Found:
+        """The table, of the lanes that `start` returned."""
+        sitting, schedule = self._sitting, self._schedule
+        assert sitting is not None, "start() comes first"
+        measured = measured.part(self._lane_name(""))
         if _NO_EXPERTS in measured.failures:
             raise measured.failures[_NO_EXPERTS]
         counted = {name: turns[schedule.first_counted :] for name, turns in measured.turns.items()}
-        rows = self._rows_of(sitting, gates, measured, counted, caps)
+        rows = self._rows_of(sitting, measured, counted)
         ours, seat = measured.turns.get(OURS.name), sitting.seats.get(OURS.name)
         ceiling, prediction = None, None
         rate = measured.best_rate_gbps()
@@ -143,14 +151,12 @@ class OneTable:
                     slot_bytes=seat.facts["slot_bytes"],
                     rate_gbps=rate,
                 )
-            prediction = self._prediction(
-                ours, seat, gate_tokens, mean_ms(counted[_NO_EXPERTS]), rate
-            )
+            prediction = self._prediction(ours, seat, mean_ms(counted[_NO_EXPERTS]), rate)
         table = Table(
             residency=self._residency,
             routing=self._routing.name,
             totals="equal" if self._settings.equal_totals else "weights",
-            caps=caps,
+            caps=self._caps,
             weight_bytes=int(min(self._residency, 1.0) * self._inspection.checkpoint_bytes),
             rows=rows,
             no_experts_ms=Spread.of([turn.mean_ms for turn in counted[_NO_EXPERTS]]),
@@ -168,10 +174,8 @@ class OneTable:
             predicted_ms=None if prediction is None else prediction.ms_per_token,
         )
 
-    def _gates(self, sitting: Sitting) -> tuple[dict[str, Gate], int]:
-        """Every row's gate, on the first round's tokens; and how many of them ours decoded."""
-        gates: dict[str, Gate] = {}
-        num_tokens = 0
+    def _compare_outputs(self, sitting: Sitting) -> None:
+        """Every row's gate, on the first round's tokens."""
         tokens = self._schedule.rounds[0]
         expected, _ = sitting.logits(sitting.reference, _REFERENCE_VARIANT, tokens, 0)
         for name, seat in list(sitting.seats.items()):
@@ -181,33 +185,17 @@ class OneTable:
                 except ContestantError as error:
                     sitting.fail(name, error)
                     break
-                gates[seat.contestant.row_name(variant)] = compare_logits(
+                self._gates[seat.contestant.row_name(variant)] = compare_logits(
                     found, expected, tolerance=seat.contestant.tolerance
                 )
                 if name == OURS.name:
-                    num_tokens = count
-        return gates, num_tokens
-
-    def _take_turns(self, lanes: list[Lane]) -> Measured:
-        self._say(f"{self._schedule.num_rounds} rounds")
-        if self._residency >= 1:
-            return take_turns(lanes, self._schedule, None, self._progress.on_round)
-        with RandomReads(sorted(self._settings.checkpoint.glob("*.safetensors"))) as reads:
-            # Without O_DIRECT the rate says nothing of what a miss costs: there is no ceiling then.
-            return take_turns(
-                lanes,
-                self._schedule,
-                reads if reads.is_direct else None,
-                self._progress.on_round,
-            )
+                    self._num_gate_tokens = count
 
     def _rows_of(
         self,
         sitting: Sitting,
-        gates: dict[str, Gate],
         measured: Measured,
         counted: dict[str, list[Turn]],
-        caps: Caps,
     ) -> list[Row]:
         rows = []
         for contestant in self._lineup.starting:
@@ -225,9 +213,9 @@ class OneTable:
                         seat,
                         variant,
                         counted.get(name, []),
-                        gates[name],
+                        self._gates[name],
                         counted.get(OURS.name),
-                        may_compare=caps is not Caps.IMPOSSIBLE,
+                        may_compare=self._caps is not Caps.IMPOSSIBLE,
                     )
                 )
         return rows + self._lineup.absent
@@ -236,7 +224,6 @@ class OneTable:
         self,
         ours: list[Turn],
         seat: Seat,
-        num_gate_tokens: int,
         no_experts_ms: float,
         rate_gbps: float | None,
     ) -> Prediction | None:
@@ -247,7 +234,7 @@ class OneTable:
             rows,
             ours,
             self._schedule,
-            num_gate_tokens=num_gate_tokens,
+            num_gate_tokens=self._num_gate_tokens,
             num_layers=self._inspection.num_moe_layers,
             slots=seat.facts["slots"],
             policy=seat.facts["policy"],

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,14 @@ class Measured:
         self.failures[lane] = error
         self.turns.pop(lane, None)
 
+    def part(self, prefix: str) -> "Measured":
+        """Only the lanes whose names start with `prefix`, which is taken off."""
+        return replace(
+            self,
+            turns=_with_prefix(self.turns, prefix),
+            failures=_with_prefix(self.failures, prefix),
+        )
+
     def as_rates(self) -> list[dict[str, Any]]:
         """What `--json` prints of the direct reads."""
         return [
@@ -150,6 +158,12 @@ def take_turns(
     others = _busy_seconds(processes) - busy_before
     found.other_cores = max(0.0, others / (time.monotonic() - start))
     return found
+
+
+def _with_prefix(found: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)
+    }
 
 
 def _busy_seconds(processes: Iterable[ContestantProcess]) -> float:

@@ -29,13 +29,25 @@ def test_one_altered_bit_is_red_when_bits_are_asked_for(row: int, column: int) -
 
 
 @given(error=st.floats(1e-4, 0.5))
-def test_the_tolerance_is_for_the_worst_token(error: float) -> None:
+def test_the_tolerance_is_for_the_median_token(error: float) -> None:
     expected = random_logits()
-    found = expected.copy()
-    found[2] *= 1 + error
+    found = expected * np.float32(1 + error)
+    found[2] *= 1.2
     gate = compare_logits(found, expected, tolerance=0.05)
     assert gate.relative_error == pytest.approx(error, rel=1e-2)
+    assert gate.worst_error > gate.relative_error
     assert gate.is_green == (gate.relative_error < 0.05)
+
+
+def test_other_successors_are_red_however_small_the_error() -> None:
+    expected = random_logits()
+    expected[:, 0] = expected[:, 1] = 5
+    expected[:, 0] += 1e-3
+    found = expected.copy()
+    found[:, 1] += 2e-3
+    gate = compare_logits(found, expected, tolerance=0.05)
+    assert gate.relative_error < 0.05
+    assert not gate.is_green
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moe_runtime.errors import ContestantError
-from moe_runtime.measure.bench import one_table, rounds
+from moe_runtime.measure.bench import offload_benchmark, rounds
 from moe_runtime.measure.bench.contestant_process import ContestantProcess
 from moe_runtime.measure.bench.job import Job
 from moe_runtime.measure.bench.memory_group import memory_groups
@@ -108,7 +108,7 @@ def test_without_caps_there_is_no_ratio(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And replayed rows are simulated: hit for hit what the real cache did."""
-    monkeypatch.setattr(one_table, "memory_groups", no_groups)
+    monkeypatch.setattr(offload_benchmark, "memory_groups", no_groups)
     (uniform, again), (comparison,) = run(
         checkpoint,
         tmp_path,
