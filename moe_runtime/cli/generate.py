@@ -10,6 +10,7 @@ from moe_runtime.cli.options import (
     MODEL_PANEL,
     OUTPUT_PANEL,
     TEXT_PANEL,
+    Chat,
     Dtype,
     DtypeOption,
     ExpertMemoryOption,
@@ -19,6 +20,8 @@ from moe_runtime.cli.options import (
     Policy,
     PolicyOption,
     Revision,
+    Seed,
+    Temperature,
     TrustRemoteCode,
 )
 from moe_runtime.cli.prompts import read_prompts
@@ -47,9 +50,7 @@ def generate(
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=TEXT_PANEL)
-    ] = 0.0,
+    temperature: Temperature = 0.0,
     top_p: Annotated[
         float | None,
         typer.Option(
@@ -59,10 +60,7 @@ def generate(
             rich_help_panel=TEXT_PANEL,
         ),
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=TEXT_PANEL),
-    ] = None,
+    seed: Seed = None,
     stop: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,12 +68,7 @@ def generate(
             rich_help_panel=TEXT_PANEL,
         ),
     ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat", help="Wrap prompts in the model's chat template.", rich_help_panel=TEXT_PANEL
-        ),
-    ] = False,
+    chat: Chat = False,
     expert_memory: ExpertMemoryOption = "auto",
     policy: PolicyOption = Policy.LRU,
     page_cache: Annotated[

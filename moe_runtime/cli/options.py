@@ -60,6 +60,19 @@ MaxNewTokens = Annotated[
     int,
     typer.Option(min=1, help="At most so many tokens a prompt.", rich_help_panel=TEXT_PANEL),
 ]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=TEXT_PANEL)
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=TEXT_PANEL),
+]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="Wrap prompts in the model's chat template.", rich_help_panel=TEXT_PANEL
+    ),
+]
 ExpertMemoryOption = Annotated[
     str,
     typer.Option(

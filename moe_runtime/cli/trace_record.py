@@ -11,6 +11,7 @@ from rich.table import Table
 from moe_runtime.cli.options import (
     OUTPUT_PANEL,
     TEXT_PANEL,
+    Chat,
     Dtype,
     DtypeOption,
     ExpertMemoryOption,
@@ -20,6 +21,8 @@ from moe_runtime.cli.options import (
     Policy,
     PolicyOption,
     Revision,
+    Seed,
+    Temperature,
     TrustRemoteCode,
 )
 from moe_runtime.cli.outputs import check_writable
@@ -73,19 +76,9 @@ def record(
         typer.Option(min=1, help="Run so many prompts together.", rich_help_panel=TEXT_PANEL),
     ] = 1,
     max_new_tokens: MaxNewTokens = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=TEXT_PANEL)
-    ] = 0.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=TEXT_PANEL),
-    ] = None,
-    chat: Annotated[
-        bool,
-        typer.Option(
-            "--chat", help="Wrap prompts in the model's chat template.", rich_help_panel=TEXT_PANEL
-        ),
-    ] = False,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    chat: Chat = False,
     expert_memory: ExpertMemoryOption = "auto",
     policy: PolicyOption = Policy.LRU,
     dtype: DtypeOption = Dtype.AUTO,
