@@ -16,6 +16,7 @@ from moe_runtime.kernels.cpu.gemv_status import gemv_status
 from moe_runtime.measure import direct_read, hardware_checks, random_read, software_checks
 from moe_runtime.measure.check import Check, Status
 from moe_runtime.measure.doctor import Diagnosis, diagnose
+from tests.fake_nvml import FakeNvml
 
 GIB = 2**30
 
@@ -188,33 +189,6 @@ def test_a_torch_that_does_not_import_fails(monkeypatch: pytest.MonkeyPatch) -> 
     check = software_checks.check_kernels()
     assert check.status is Status.FAIL
     assert "torch does not import" in check.finding
-
-
-class FakeNvml:
-    """NVML as a machine with one GPU would answer."""
-
-    class NVMLError(Exception):
-        pass
-
-    def nvmlInit(self) -> None:  # noqa: N802 - NVML's own names
-        pass
-
-    nvmlShutdown = nvmlInit
-
-    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
-        return "570.86"
-
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
-        return 1
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
-        return "H100"
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
-        return SimpleNamespace(total=80 * GIB)
 
 
 @pytest.mark.parametrize(

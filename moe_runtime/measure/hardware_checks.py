@@ -9,6 +9,7 @@ import psutil
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.measure.check import Check, Status
 from moe_runtime.measure.direct_read import measure_direct_read
+from moe_runtime.measure.probe.nvml import open_nvml
 from moe_runtime.measure.processor import this_processor
 from moe_runtime.measure.software_checks import installed_version
 from moe_runtime.memory.available import available_memory_bytes, cgroup_limit_bytes
@@ -148,16 +149,13 @@ def check_gpu() -> Check:
             remedy="pip install nvidia-ml-py",
         )
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return Check(name="gpu", status=Status.OK, finding="no NVIDIA driver", facts={"gpus": []})
-    try:
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-        names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-        sizes = [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+        with open_nvml() as nvml:
+            if nvml is None:
+                return Check(
+                    name="gpu", status=Status.OK, finding="no NVIDIA driver", facts={"gpus": []}
+                )
+            driver = nvml.driver
+            found = [(device.name, device.memory_bytes) for device in nvml.devices()]
     except pynvml.NVMLError as error:
         return Check(
             name="gpu",
@@ -165,11 +163,9 @@ def check_gpu() -> Check:
             finding=f"the NVIDIA driver answers with an error: {error}",
             remedy="see what nvidia-smi says",
         )
-    finally:
-        pynvml.nvmlShutdown()
-    gpus = [{"name": name, "memory_bytes": size} for name, size in zip(names, sizes, strict=True)]
+    gpus = [{"name": name, "memory_bytes": size} for name, size in found]
     facts: dict[str, object] = {"driver": driver, "gpus": gpus}
-    listed = ", ".join(f"{n} ({format_bytes(s)})" for n, s in zip(names, sizes, strict=True))
+    listed = ", ".join(f"{n} ({format_bytes(s)})" for n, s in found)
     finding = f"driver {driver}, {listed or 'no GPU'}"
     build = installed_version("torch") or ""
     if gpus and build.endswith("+cpu"):
