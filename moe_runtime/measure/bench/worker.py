@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from moe_runtime.measure.bench.job import Job
-from moe_runtime.measure.peers.peer import Peer
+from moe_runtime.measure.peers.peer import Loader, Peer
 
 Request = dict[str, Any]
 
@@ -30,6 +30,7 @@ def main() -> None:
 class _Worker:
     def __init__(self, module: str) -> None:
         self._module = module
+        self._loader: Loader | None = None
         self._peer: Peer | None = None
 
     def serve(self, requests: TextIO, answers: TextIO) -> None:
@@ -46,13 +47,14 @@ class _Worker:
             answers.flush()
 
     def _do_import(self, request: Request) -> dict[str, Any]:
-        module = importlib.import_module(f"moe_runtime.measure.peers.{self._module}")
-        self._peer = module.PEER()
+        module: Any = importlib.import_module(f"moe_runtime.measure.peers.{self._module}")
+        self._loader = module
         return {}
 
     def _do_load(self, request: Request) -> dict[str, Any]:
-        assert self._peer is not None
-        return {"facts": self._peer.load(Job.from_message(request["job"]))}
+        assert self._loader is not None
+        self._peer, facts = self._loader.load(Job.from_message(request["job"]))
+        return {"facts": facts}
 
     def _do_run(self, request: Request) -> dict[str, Any]:
         """Decode tokens as a new sequence until they or the seconds have run out, at least one."""

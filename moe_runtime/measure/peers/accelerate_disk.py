@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -17,40 +15,23 @@ from moe_runtime.measure.peers.decoder import Decoder
 _EXPERTS_IMPLEMENTATION = "eager"
 
 
-class AccelerateDisk:
+def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
     """accelerate maps files with all experts of a layer; those computed with are paged in."""
-
-    _decoder: Decoder
-
-    def load(self, job: Job) -> dict[str, Any]:
-        dtype = getattr(torch, job.dtype)
-        config = AutoConfig.from_pretrained(job.checkpoint, local_files_only=True)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        device_map = experts_on_disk(skeleton)
-        with quiet_transformers(lambda done, total: None):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                job.checkpoint,
-                dtype=dtype,
-                experts_implementation=_EXPERTS_IMPLEMENTATION,
-                local_files_only=True,
-                device_map=device_map,
-                offload_folder=str(job.scratch),
-            )
-        self._decoder = Decoder(model, job)
-        return {"experts": _EXPERTS_IMPLEMENTATION}
-
-    def start(self, variant: str, first_row: int) -> None:
-        self._decoder.start(first_row)
-
-    def step(self, token: int) -> None:
-        self._decoder.step(token)
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        return self._decoder.logits()
-
-    def counters(self) -> dict[str, int]:
-        return {}
+    dtype = getattr(torch, job.dtype)
+    config = AutoConfig.from_pretrained(job.checkpoint, local_files_only=True)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    device_map = experts_on_disk(skeleton)
+    with quiet_transformers(lambda done, total: None):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            job.checkpoint,
+            dtype=dtype,
+            experts_implementation=_EXPERTS_IMPLEMENTATION,
+            local_files_only=True,
+            device_map=device_map,
+            offload_folder=str(job.scratch),
+        )
+    return Decoder(model, job), {"experts": _EXPERTS_IMPLEMENTATION}
 
 
 def experts_on_disk(model: nn.Module) -> dict[str, str]:
@@ -70,6 +51,3 @@ def experts_on_disk(model: nn.Module) -> dict[str, str]:
         return found
 
     return places("", model)
-
-
-PEER = AccelerateDisk

@@ -1,5 +1,7 @@
 """Forced decoding with a transformers model, whoever holds its experts."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,18 +13,30 @@ from moe_runtime.trace import Trace
 
 
 class Decoder:
-    """One sequence of one-token steps, with the router's choice or a replayed one."""
+    """One sequence of one-token steps, with the router's choice or a replayed one: a Peer.
 
-    def __init__(self, model: PreTrainedModel, job: Job) -> None:
+    `choose` hears the variant before each sequence; `count` gives the counters.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        job: Job,
+        *,
+        choose: Callable[[str], object] = lambda variant: None,
+        count: Callable[[], dict[str, int]] = dict,
+    ) -> None:
         self._model = model
+        self._choose = choose
+        self._count = count
         self._replay = None
         if job.replay is not None:
             self._replay = RoutingReplay(model, Trace.load(job.replay))
         self._cache = DynamicCache()
         self._logits_V = torch.empty(0)
 
-    def start(self, first_row: int) -> None:
-        """A new sequence."""
+    def start(self, variant: str, first_row: int) -> None:
+        self._choose(variant)
         self._cache = DynamicCache(config=self._model.config)
         if self._replay is not None:
             self._replay.seek(first_row)
@@ -35,3 +49,6 @@ class Decoder:
     def logits(self) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = self._logits_V.float().numpy()
         return found
+
+    def counters(self) -> dict[str, int]:
+        return self._count()

@@ -5,8 +5,6 @@ import socket
 from typing import Any
 
 import deepspeed
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -25,37 +23,21 @@ _CONFIG = {
 }
 
 
-class DeepSpeedZero3:
+def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
     """One rank; every module's parameters are gathered before it runs and let go after."""
-
-    _decoder: Decoder
-
-    def load(self, job: Job) -> dict[str, Any]:
-        _join_a_world_of_one()
-        dtype = getattr(torch, job.dtype)
-        keep = HfDeepSpeedConfig(_CONFIG)  # transformers looks for it while it loads
-        with quiet_transformers(lambda done, total: None):
-            model = AutoModelForCausalLM.from_pretrained(
-                job.checkpoint, dtype=dtype, experts_implementation="eager", local_files_only=True
-            )
-        del keep
-        engine = deepspeed.initialize(model=model, config=_CONFIG)[0]
-        engine.module.eval()
-        _repair_rotary_frequencies(engine.module)
-        self._decoder = Decoder(engine.module, job)
-        return {"repaired": "rotary inv_freq, which ZeRO-3 casts to bfloat16"}
-
-    def start(self, variant: str, first_row: int) -> None:
-        self._decoder.start(first_row)
-
-    def step(self, token: int) -> None:
-        self._decoder.step(token)
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        return self._decoder.logits()
-
-    def counters(self) -> dict[str, int]:
-        return {}
+    _join_a_world_of_one()
+    dtype = getattr(torch, job.dtype)
+    keep = HfDeepSpeedConfig(_CONFIG)  # transformers looks for it while it loads
+    with quiet_transformers(lambda done, total: None):
+        model = AutoModelForCausalLM.from_pretrained(
+            job.checkpoint, dtype=dtype, experts_implementation="eager", local_files_only=True
+        )
+    del keep
+    engine = deepspeed.initialize(model=model, config=_CONFIG)[0]
+    engine.module.eval()
+    _repair_rotary_frequencies(engine.module)
+    facts = {"repaired": "rotary inv_freq, which ZeRO-3 casts to bfloat16"}
+    return Decoder(engine.module, job), facts
 
 
 def _join_a_world_of_one() -> None:
@@ -75,6 +57,3 @@ def _repair_rotary_frequencies(model: PreTrainedModel) -> None:
             fresh = type(module)(module.config)
             for name, value in fresh._buffers.items():
                 setattr(module, name, value)
-
-
-PEER = DeepSpeedZero3

@@ -16,7 +16,7 @@ _QUIET = llama_cpp.llama_log_callback(lambda level, text, data: None)
 class LlamaCpp:
     """The C interface of llama-cpp-python; memory-mapped weights, so the cap makes pages leave."""
 
-    def load(self, job: Job) -> dict[str, Any]:
+    def __init__(self, job: Job) -> None:
         assert job.gguf is not None
         llama_cpp.llama_log_set(_QUIET, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
@@ -37,7 +37,7 @@ class LlamaCpp:
         self._token = (llama_cpp.llama_token * 1)()
         description = ctypes.create_string_buffer(128)
         llama_cpp.llama_model_desc(self._model, description, len(description))
-        return {"threads": threads, "weights": description.value.decode()}
+        self.facts = {"threads": threads, "weights": description.value.decode()}
 
     def start(self, variant: str, first_row: int) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
@@ -57,4 +57,7 @@ class LlamaCpp:
         return {}
 
 
-PEER = LlamaCpp
+def load(job: Job) -> tuple[LlamaCpp, dict[str, Any]]:
+    """A mapped model and what it says of itself."""
+    peer = LlamaCpp(job)
+    return peer, peer.facts

@@ -9,14 +9,11 @@ from moe_runtime.measure.bench.job import Job
 
 
 class Peer(Protocol):
-    """A model that decodes forced tokens one at a time, in a process of its own.
+    """A loaded model that decodes forced tokens one at a time, in a process of its own.
 
-    Each file of this folder offers one as `PEER`; what the file imports counts as the process's
-    own memory, and what `load` takes as the model's.
+    Each contestant's file of this folder has a `load`, as Loader says; what the file imports counts
+    as the process's own memory, and what `load` takes as the model's.
     """
-
-    def load(self, job: Job) -> dict[str, Any]:
-        """Make the model ready; returns facts for the report."""
 
     def start(self, variant: str, first_row: int) -> None:
         """Forget all tokens. `first_row` of a replayed trace belongs to the next token."""
@@ -29,3 +26,10 @@ class Peer(Protocol):
 
     def counters(self) -> dict[str, int]:
         """What it counts itself, since it was loaded: hits, misses, bytes_read."""
+
+
+class Loader(Protocol):
+    """The module of a contestant."""
+
+    def load(self, job: Job) -> tuple[Peer, dict[str, Any]]:
+        """Make the model ready; the second are facts for the report."""

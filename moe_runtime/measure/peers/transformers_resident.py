@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -15,36 +13,17 @@ from moe_runtime.measure.peers.decoder import Decoder
 NO_EXPERTS = "no_experts"
 
 
-class TransformersResident:
+def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
     """Its variants are experts implementations of transformers, and one that computes nothing."""
-
-    _model: PreTrainedModel
-    _decoder: Decoder
-
-    def load(self, job: Job) -> dict[str, Any]:
-        ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, _no_experts)
-        with quiet_transformers(lambda done, total: None):
-            self._model = AutoModelForCausalLM.from_pretrained(
-                job.checkpoint,
-                dtype=getattr(torch, job.dtype),
-                experts_implementation="eager",
-                local_files_only=True,
-            )
-        self._decoder = Decoder(self._model, job)
-        return {}
-
-    def start(self, variant: str, first_row: int) -> None:
-        self._model.set_experts_implementation(variant)
-        self._decoder.start(first_row)
-
-    def step(self, token: int) -> None:
-        self._decoder.step(token)
-
-    def logits(self) -> npt.NDArray[np.float32]:
-        return self._decoder.logits()
-
-    def counters(self) -> dict[str, int]:
-        return {}
+    ALL_EXPERTS_FUNCTIONS.register(NO_EXPERTS, _no_experts)
+    with quiet_transformers(lambda done, total: None):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            job.checkpoint,
+            dtype=getattr(torch, job.dtype),
+            experts_implementation="eager",
+            local_files_only=True,
+        )
+    return Decoder(model, job, choose=model.set_experts_implementation), {}
 
 
 def _no_experts(
@@ -54,6 +33,3 @@ def _no_experts(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     return torch.zeros_like(hidden_states)
-
-
-PEER = TransformersResident
