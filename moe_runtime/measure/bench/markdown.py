@@ -100,8 +100,8 @@ def remarks(table: Table) -> list[str]:
             for one in table.direct_reads
         )
         lines.append(
-            f"direct reads at random places of the same files in the same run: "
-            f"{table.direct_read_gbps:.2f} GB/s at best ({settings})"
+            "direct reads at random places of the same files, right before and after our turns: "
+            f"{spread(table.direct_read_gbps, 2)} GB/s (tried: {settings})"
         )
     ours = table.ours
     if ours.bytes_missed_per_token is not None:

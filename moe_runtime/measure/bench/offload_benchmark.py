@@ -10,6 +10,7 @@ import psutil
 from moe_runtime.errors import BudgetError
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.integrations.transformers.resolve import resolve_model
+from moe_runtime.measure.bench.disk_rate import DiskRate
 from moe_runtime.measure.bench.memory_group import memory_groups
 from moe_runtime.measure.bench.one_table import Found, OneTable
 from moe_runtime.measure.bench.report import Comparison, Table
@@ -67,14 +68,15 @@ def _measure(
         # Groups can go once the processes in them have ended, so they are opened first.
         groups = stack.enter_context(memory_groups())
         lanes = [lane for table in tables for lane in table.start(stack, groups, schedule)]
-        reads = None
+        disk = None
         if reads_disk:
             files = sorted(settings.checkpoint.glob("*.safetensors"))
             reads = stack.enter_context(RandomReads(files))
             # Without O_DIRECT the rate says nothing of what a miss costs: no ceiling then.
-            reads = reads if reads.is_direct else None
+            if reads.is_direct:
+                disk = DiskRate(reads, num_trial_rounds=schedule.first_counted)
         progress.on_stage(f"{schedule.num_rounds} rounds")
-        measured = take_turns(lanes, schedule, reads, progress.on_round)
+        measured = take_turns(lanes, schedule, disk, progress.on_round)
         return [table.finish(measured) for table in tables]
 
 

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moe_runtime.errors import ContestantError
@@ -113,6 +114,7 @@ class OneTable:
             process=process,
             variant=variant,
             reads_disk=self._residency < 1 and name != _NO_EXPERTS,
+            is_rated=self._residency < 1 and name == OURS.name,
         )
 
     def _lane_name(self, row: str) -> str:
@@ -142,16 +144,16 @@ class OneTable:
         rows = self._rows_of(sitting, measured, counted)
         ours, seat = measured.turns.get(OURS.name), sitting.seats.get(OURS.name)
         ceiling, prediction = None, None
-        rate = measured.best_rate_gbps()
+        rates = measured.rates_gbps.get(OURS.name, [])[schedule.first_counted :]
         if ours is not None and seat is not None:
-            if rate is not None:
+            if rates:
                 ceiling = ceiling_of(
                     counted[OURS.name],
                     counted[_NO_EXPERTS],
+                    rates,
                     slot_bytes=seat.facts["slot_bytes"],
-                    rate_gbps=rate,
                 )
-            prediction = self._prediction(ours, seat, mean_ms(counted[_NO_EXPERTS]), rate)
+            prediction = self._prediction(ours, seat, mean_ms(counted[_NO_EXPERTS]), rates)
         table = Table(
             residency=self._residency,
             routing=self._routing.name,
@@ -160,8 +162,8 @@ class OneTable:
             weight_bytes=int(min(self._residency, 1.0) * self._inspection.checkpoint_bytes),
             rows=rows,
             no_experts_ms=Spread.of([turn.mean_ms for turn in counted[_NO_EXPERTS]]),
-            direct_read_gbps=rate,
-            direct_reads=measured.as_rates(),
+            direct_read_gbps=Spread.of(rates) if rates else None,
+            direct_reads=measured.direct_reads,
             ceiling=ceiling,
             prediction=prediction,
             num_rounds=schedule.num_rounds,
@@ -225,7 +227,7 @@ class OneTable:
         ours: list[Turn],
         seat: Seat,
         no_experts_ms: float,
-        rate_gbps: float | None,
+        rates_gbps: list[float],
     ) -> Prediction | None:
         rows: Trace | None = self._rows
         if rows is None or self._residency >= 1:
@@ -241,10 +243,11 @@ class OneTable:
         )
         num_tokens = sum(turn.num_tokens for turn in ours[self._schedule.first_counted :])
         missed_bytes = misses * seat.facts["slot_bytes"] / num_tokens
+        ms_per_byte = float(np.mean([1e-6 / rate for rate in rates_gbps])) if rates_gbps else None
         return Prediction(
             hit_rate=hits / (hits + misses),
             ms_per_token=(
-                None if rate_gbps is None else missed_bytes / rate_gbps / 1e6 + no_experts_ms
+                None if ms_per_byte is None else missed_bytes * ms_per_byte + no_experts_ms
             ),
         )
 

@@ -58,8 +58,8 @@ class Row:
 class Ceiling:
     """What the disk and the dense layers alone would take.
 
-    Bytes missed over the best direct-read rate of the same run, plus the step with the experts as a
-    no-op: no read hides behind dense time.
+    Bytes missed over the rate of direct reads right before and after the same turn, plus the step
+    with the experts as a no-op: no read hides behind dense time.
     """
 
     ms_per_token: Spread
@@ -70,7 +70,8 @@ class Ceiling:
 class Prediction:
     """What the cache simulator says of the very rows that were replayed; simulated, not measured.
 
-    `ms_per_token` is simulated bytes missed over the direct-read rate plus the no-op step.
+    `ms_per_token` is simulated bytes missed over the rate of direct reads beside the turns, plus
+    the no-op step.
     """
 
     hit_rate: float
@@ -88,8 +89,8 @@ class Table:
     weight_bytes: int
     rows: list[Row]
     no_experts_ms: Spread
-    direct_read_gbps: float | None
-    direct_reads: list[dict[str, Any]]
+    direct_read_gbps: Spread | None  # beside our counted turns
+    direct_reads: list[dict[str, Any]]  # medians by setting
     ceiling: Ceiling | None
     prediction: Prediction | None
     num_rounds: int

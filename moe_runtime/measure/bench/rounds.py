@@ -10,21 +10,18 @@ import psutil
 
 from moe_runtime.errors import ContestantError
 from moe_runtime.measure.bench.contestant_process import ContestantProcess, Turn
-from moe_runtime.measure.random_read import RandomReads
+from moe_runtime.measure.bench.disk_rate import DiskRate
 
-# A shared disk grants bursts: what reads first after a pause is served faster. So every contestant
-# of the disk starts after the same pause, and raw reads last as long as the round's longest turn,
-# within these limits.
+# A shared disk grants bursts: what reads first after a pause is served faster. So everything that
+# reads the disk starts after the same pause, and raw reads before and after a turn last half as
+# long as the turn, within these limits.
 _PAUSE_SECONDS = 0.5
-_RATE_SECONDS = 0.8
-_MOST_RATE_SECONDS = 5.0
-RATE_SETTINGS = ((2**20, 2), (2**20, 8), (5 * 2**20, 2))  # block bytes, blocks at a time
+_FEWEST_RATE_SECONDS = 0.4
+_MOST_RATE_SECONDS = 4.0
 
 _TOKENS_PER_ROUND = 20
 _FEWEST_ROUNDS = 12
 _SEED = 0
-
-Rate = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,21 +67,26 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
-    """One row of the table while it is measured: a process, and what it is told to be."""
+    """One row of the table while it is measured: a process, and what it is told to be.
+
+    The turns of a lane that `is_rated` are held against the disk's rate.
+    """
 
     name: str
     process: ContestantProcess
     variant: str
     reads_disk: bool
+    is_rated: bool = False
 
 
 @dataclass(slots=True)
 class Measured:
-    """Turns by lane, one a round until it failed; GB/s of direct reads by setting."""
+    """Turns by lane, one a round until it failed; for rated lanes the GB/s of reads beside each."""
 
     turns: dict[str, list[Turn]] = field(default_factory=dict)
     failures: dict[str, ContestantError] = field(default_factory=dict)
-    rates_gbps: dict[Rate, list[float]] = field(default_factory=dict)
+    rates_gbps: dict[str, list[float]] = field(default_factory=dict)
+    direct_reads: list[dict[str, Any]] = field(default_factory=list)  # by setting
     other_cores: float = 0.0  # that other programs kept busy meanwhile, on average
 
     def fail(self, lane: str, error: ContestantError) -> None:
@@ -97,67 +99,68 @@ class Measured:
             self,
             turns=_with_prefix(self.turns, prefix),
             failures=_with_prefix(self.failures, prefix),
+            rates_gbps=_with_prefix(self.rates_gbps, prefix),
         )
-
-    def as_rates(self) -> list[dict[str, Any]]:
-        """What `--json` prints of the direct reads."""
-        return [
-            {"block_bytes": block, "blocks_at_a_time": depth, "gbps": float(np.median(values))}
-            for (block, depth), values in self.rates_gbps.items()
-        ]
-
-    def best_rate_gbps(self) -> float | None:
-        """The best setting's median; None where nothing was read directly."""
-        return max((float(np.median(values)) for values in self.rates_gbps.values()), default=None)
 
 
 def take_turns(
     lanes: Sequence[Lane],
     schedule: Schedule,
-    reads: RandomReads | None,
+    disk: DiskRate | None,
     on_round: Callable[[int, int], None],
 ) -> Measured:
     """Each lane decodes each round's tokens, the others asleep; the order moves on every round.
 
-    A lane that fails is left out from there on. `reads` measures the disk between rounds.
+    A lane that fails is left out from there on.
     """
     found = Measured(turns={lane.name: [] for lane in lanes})
     processes = {id(lane.process): lane.process for lane in lanes}.values()
     start, busy_before = time.monotonic(), _busy_seconds(processes)
-    for index, tokens in enumerate(schedule.rounds):
+    for index in range(schedule.num_rounds):
         on_round(index, schedule.num_rounds)
         first = index % len(lanes)
-        longest_seconds = 0.0
         for lane in (*lanes[first:], *lanes[:first]):
             if lane.name in found.failures:
                 continue
-            if lane.reads_disk:
-                time.sleep(_PAUSE_SECONDS)
             try:
-                turn = lane.process.run(
-                    tokens,
-                    variant=lane.variant,
-                    first_row=schedule.first_row(index),
-                    seconds=schedule.turn_seconds,
-                )
+                if lane.is_rated and disk is not None:
+                    _take_rated_turn(lane, schedule, index, disk, found)
+                else:
+                    found.turns[lane.name].append(_take_turn(lane, schedule, index))
             except ContestantError as error:
                 found.fail(lane.name, error)
-            else:
-                found.turns[lane.name].append(turn)
-                if lane.reads_disk:
-                    longest_seconds = max(longest_seconds, sum(turn.milliseconds) / 1e3)
-        if reads is not None:
-            setting = RATE_SETTINGS[index % len(RATE_SETTINGS)]
-            time.sleep(_PAUSE_SECONDS)
-            rate = reads.rate_gbps(
-                block_bytes=setting[0],
-                num_threads=setting[1],
-                seconds=max(_RATE_SECONDS, min(longest_seconds, _MOST_RATE_SECONDS)),
-            )
-            found.rates_gbps.setdefault(setting, []).append(rate)
     others = _busy_seconds(processes) - busy_before
     found.other_cores = max(0.0, others / (time.monotonic() - start))
+    if disk is not None:
+        found.direct_reads = disk.as_list()
     return found
+
+
+def _take_turn(lane: Lane, schedule: Schedule, index: int) -> Turn:
+    if lane.reads_disk:
+        time.sleep(_PAUSE_SECONDS)
+    return lane.process.run(
+        schedule.rounds[index],
+        variant=lane.variant,
+        first_row=schedule.first_row(index),
+        seconds=schedule.turn_seconds,
+    )
+
+
+def _take_rated_turn(
+    lane: Lane, schedule: Schedule, index: int, disk: DiskRate, found: Measured
+) -> None:
+    """Reads, the turn, reads: the disk's rate drifts, and the mean of both sides is the turn's."""
+    turns = found.turns[lane.name]
+    half_seconds = sum(turns[-1].milliseconds) / 2e3 if turns else 0.0
+    half_seconds = min(max(half_seconds, _FEWEST_RATE_SECONDS), _MOST_RATE_SECONDS)
+    time.sleep(_PAUSE_SECONDS)
+    before_bytes, before_seconds = disk.read(index, half_seconds)
+    turns.append(_take_turn(lane, schedule, index))
+    time.sleep(_PAUSE_SECONDS)
+    after_bytes, after_seconds = disk.read(index, half_seconds)
+    rate_gbps = (before_bytes + after_bytes) / (before_seconds + after_seconds) / 1e9
+    found.rates_gbps.setdefault(lane.name, []).append(rate_gbps)
 
 
 def _with_prefix(found: dict[str, Any], prefix: str) -> dict[str, Any]:

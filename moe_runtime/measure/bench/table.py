@@ -73,12 +73,12 @@ def failed_row(contestant: Contestant, error: ContestantError) -> Row:
 
 
 def ceiling_of(
-    ours: list[Turn], no_experts: list[Turn], *, slot_bytes: int, rate_gbps: float
+    ours: list[Turn], no_experts: list[Turn], rates_gbps: list[float], *, slot_bytes: int
 ) -> Ceiling:
-    """Round by round, as misses differ from round to round."""
+    """Round by round, as misses and the disk's rate differ from round to round."""
     limits = [
         turn.counters["misses"] / turn.num_tokens * slot_bytes / rate_gbps / 1e6 + dense.mean_ms
-        for turn, dense in zip(ours, no_experts, strict=True)
+        for turn, dense, rate_gbps in zip(ours, no_experts, rates_gbps, strict=True)
     ]
     ratios = [turn.mean_ms / limit for turn, limit in zip(ours, limits, strict=True)]
     return Ceiling(ms_per_token=Spread.of(limits), ratio=Spread.of(ratios))

@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hardly_any_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are for honest speeds, and no speed is looked at here."""
     monkeypatch.setattr(rounds, "_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(rounds, "_RATE_SECONDS", 0.05)
+    monkeypatch.setattr(rounds, "_FEWEST_RATE_SECONDS", 0.05)
 
 
 def run(

@@ -7,7 +7,9 @@ import pytest
 from moe_runtime.errors import ContestantError
 from moe_runtime.measure.bench import rounds
 from moe_runtime.measure.bench.contestant_process import ContestantProcess, Turn
+from moe_runtime.measure.bench.disk_rate import SETTINGS, DiskRate
 from moe_runtime.measure.bench.rounds import Lane, Schedule, take_turns
+from moe_runtime.measure.random_read import RandomReads
 
 
 class FakeProcess:
@@ -29,12 +31,26 @@ class FakeProcess:
         return 0.0
 
 
-def lane(process: FakeProcess) -> Lane:
+class FakeReads:
+    """A disk that is fastest with large blocks, and ten times faster after the first four turns."""
+
+    def __init__(self, log: list[tuple[str, int]]) -> None:
+        self.log = log
+        self.num_reads = 0
+
+    def read_for(self, *, block_bytes: int, num_threads: int, seconds: float) -> tuple[int, float]:
+        self.num_reads += 1
+        self.log.append(("disk", block_bytes))
+        return block_bytes * (10 if self.num_reads > 8 else 1), 1e-3
+
+
+def lane(process: FakeProcess, *, is_rated: bool = False) -> Lane:
     return Lane(
         name=process.name,
         process=cast(ContestantProcess, process),
         variant="",
         reads_disk=True,
+        is_rated=is_rated,
     )
 
 
@@ -66,6 +82,43 @@ def test_who_fails_is_left_out_and_the_others_go_on() -> None:
     assert found.failures["a"].is_memory
     assert "a" not in found.turns
     assert len(found.turns["b"]) == schedule().num_rounds
+
+
+def test_a_rated_turn_stands_between_two_reads_and_has_their_rate() -> None:
+    log: list[tuple[str, int]] = []
+    plan = schedule()
+    disk = DiskRate(cast(RandomReads, FakeReads(log)), num_trial_rounds=plan.first_counted)
+    lanes = [lane(FakeProcess(log, "a"), is_rated=True), lane(FakeProcess(log, "b"))]
+    found = take_turns(lanes, plan, disk, lambda done, total: None)
+    places = [place for place, (name, _) in enumerate(log) if name == "a"]
+    assert all(log[place - 1][0] == log[place + 1][0] == "disk" for place in places)
+    assert sum(name == "disk" for name, _ in log) == 2 * plan.num_rounds
+    assert found.rates_gbps.keys() == {"a"}
+    largest = max(block for block, _ in SETTINGS)
+    assert found.rates_gbps["a"][plan.first_counted :] == pytest.approx(
+        [largest * 1e-5] * (plan.num_rounds - plan.first_counted)
+    )
+
+
+def test_a_rate_is_that_of_its_own_round() -> None:
+    log: list[tuple[str, int]] = []
+    plan = schedule()
+    disk = DiskRate(cast(RandomReads, FakeReads(log)), num_trial_rounds=0)
+    disk.found[2**20, 2] = [1e9]  # so that one setting reads everywhere
+    found = take_turns(
+        [lane(FakeProcess(log, "a"), is_rated=True)], plan, disk, lambda done, total: None
+    )
+    slow, fast = found.rates_gbps["a"][:4], found.rates_gbps["a"][4:]
+    assert slow == pytest.approx([2**20 * 1e-6] * 4)
+    assert fast == pytest.approx([2**20 * 1e-5] * len(fast))
+
+
+def test_settings_are_tried_in_turn_and_the_best_one_goes_on() -> None:
+    disk = DiskRate(cast(RandomReads, FakeReads([])), num_trial_rounds=3)
+    for index in range(5):
+        disk.read(index, 0.1)
+    assert [len(disk.found[setting]) for setting in SETTINGS] == [1, 1, 3]
+    assert {one["blocks_at_a_time"] for one in disk.as_list()} == {2, 8}
 
 
 @pytest.mark.parametrize("num_steps", [6, 12, 60, 240, 480, 481])
