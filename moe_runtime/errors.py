@@ -14,7 +14,7 @@ class CheckpointError(MoERuntimeError):
 
 
 class ExpertReadError(MoERuntimeError, OSError):
-    """An expert's bytes could not be read, or its file changed after it was opened."""
+    """An expert's bytes could not be read, or a file in use changed after it was opened."""
 
 
 class UnsupportedModelError(MoERuntimeError, ValueError):

@@ -62,6 +62,7 @@ def test_dense_bytes_are_those_of_the_loaded_model(capsys: Capsys, model: Path) 
     memory = json.loads(run_here(capsys, *words).out)["memory"]
     found = inspect(capsys, model)
     assert found["dense_bytes"] == memory["dense_bytes"]
+    assert found["lookup_bytes"] == memory["mapped_bytes"] > 0
     assert found["expert_total_bytes"] == memory["expert_total_bytes"]
 
 

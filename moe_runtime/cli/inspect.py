@@ -58,7 +58,10 @@ def _rows(found: "Inspection") -> Iterator[tuple[str, str]]:
     )
     yield "one expert", format_bytes(found.expert_bytes)
     yield "all experts", format_bytes(found.expert_total_bytes)
-    yield "dense weights", format_bytes(found.dense_bytes)
+    dense = format_bytes(found.dense_bytes)
+    if found.lookup_bytes:
+        dense += f", {format_bytes(found.lookup_bytes)} of it mapped on CPU"
+    yield "dense weights", dense
     yield "attention cache", _cache(found)
     yield (
         "checkpoint",

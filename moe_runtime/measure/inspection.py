@@ -36,6 +36,7 @@ class Inspection:
     slot_bytes: int
     expert_total_bytes: int
     dense_bytes: int
+    lookup_bytes: int  # of these, embeddings of which a token uses one row
     floor_bytes: int
     hitting_bytes: int
     kv_cache: KVCache | None
@@ -85,6 +86,7 @@ def inspect_model(
         slot_bytes=tensor_map.slot_bytes,
         expert_total_bytes=tensor_map.num_experts * tensor_map.slot_bytes,
         dense_bytes=found.dense_bytes,
+        lookup_bytes=found.lookup_bytes,
         floor_bytes=floor_slots(found.sites) * tensor_map.slot_bytes,
         hitting_bytes=_hitting_bytes(found),
         kv_cache=measure_kv_cache(found),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +231,42 @@ def test_dtypes_and_settings_as_from_pretrained(
     assert torch.equal(logits_of(ours, prompt()), logits_of(theirs, prompt()))
 
 
+def test_untied_embeddings_are_mapped_and_not_read(checkpoint: Checkpoints) -> None:
+    """Law: on CPU an embedding costs no memory of the budget; tied or cast, it is read."""
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    memory = moe_runtime.handle(model).report()["memory"]
+    assert memory["mapped_bytes"] == model.model.embed_tokens.weight.nbytes
+    assert is_mapped(model.model.embed_tokens.weight)
+    assert not is_mapped(model.lm_head.weight)
+    for name, arguments in (("mixtral_tied", {}), ("mixtral", {"dtype": torch.bfloat16})):
+        other = moe_runtime.load(checkpoint(name), expert_memory="25%", **arguments)
+        assert not is_mapped(other.model.embed_tokens.weight)
+        assert moe_runtime.handle(other).report()["memory"]["mapped_bytes"] == 0
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is that of a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, *_, place = line.split(maxsplit=5)
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return place.endswith(".safetensors")
+    return False
+
+
+def test_a_restored_model_outlives_its_files(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Law: after restore() nothing is mapped, so the model may be saved over its own files."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("mixtral"), folder)
+    model = moe_runtime.load(folder, expert_memory="25%")
+    expected = logits_of(model, prompt())
+    moe_runtime.handle(model).restore()
+    assert not is_mapped(model.model.embed_tokens.weight)
+    model.save_pretrained(folder)
+    assert torch.equal(logits_of(model, prompt()), expected)
+    assert torch.equal(logits_of(moe_runtime.load(folder), prompt()), expected)
+
+
 def test_tied_weights_stay_tied(checkpoint: Checkpoints) -> None:
     """Law: a tied head is the embedding itself, and counts once."""
     model = moe_runtime.load(checkpoint("mixtral_tied"), expert_memory="25%")
@@ -335,7 +372,8 @@ def test_below_the_floor(checkpoint: Checkpoints) -> None:
 def test_max_memory(checkpoint: Checkpoints) -> None:
     """Law: max_memory bounds dense weights and experts together on the device in use."""
     everything = moe_runtime.handle(moe_runtime.load(checkpoint("mixtral")))
-    dense, slot = everything._dense_bytes, everything.budget.slot_bytes
+    memory, slot = everything.report()["memory"], everything.budget.slot_bytes
+    dense = memory["dense_bytes"] - memory["mapped_bytes"]
     for limit in (dense + 5 * slot + 1, f"{dense + 5 * slot}B"):
         model = moe_runtime.load(checkpoint("mixtral"), max_memory={0: "1KiB", "cpu": limit})
         assert moe_runtime.handle(model).budget.num_slots == 5

@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from moe_runtime.integrations.transformers.experts import (
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.layer import ExpertMath
 from moe_runtime.memory.available import available_memory_bytes
+from moe_runtime.memory.mapped_tensor import MappedTensor
 
 _ATTRIBUTE = "_moe_runtime_handle"
 
@@ -58,6 +59,7 @@ class Handle:
         settings: Settings,
         *,
         dense_bytes: int,
+        mapped: Mapping[str, MappedTensor],
         device: torch.device,
         spill_folder: Path | None = None,
     ) -> None:
@@ -67,12 +69,16 @@ class Handle:
         self._root = root
         self._sites = list(sites)
         self._dense_bytes = dense_bytes
+        self._mapped = [root.get_parameter(name) for name in mapped]
+        self._mapped_bytes = sum(parameter.nbytes for parameter in self._mapped)
         self._device = device
         self._spill_folder = spill_folder
         self._undo: list[Callable[[], object]] = []
         self._is_restored = False
         for layer, (site, math) in enumerate(zip(sites, maths, strict=True)):
             self._attach(layer, site, math)
+        for name, tensor in mapped.items():
+            self._check_before_use(root.get_submodule(name.rpartition(".")[0]), tensor)
         root.__dict__[_ATTRIBUTE] = self
         for module in root.modules():
             self._guard(module)
@@ -114,6 +120,7 @@ class Handle:
                 "expert_total_bytes": self.budget.expert_total_bytes,
                 "expert_floor_bytes": self.budget.floor_bytes,
                 "dense_bytes": self._dense_bytes,
+                "mapped_bytes": self._mapped_bytes,
             },
             "settings": {
                 "dtype": self.settings.dtype,
@@ -134,10 +141,13 @@ class Handle:
             f"({format_bytes(budget.expert_total_bytes)}) on disk, {where} at a time in "
             f"{format_bytes(budget.num_slots * budget.slot_bytes)} on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
+            + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
         )
 
     def restore(self) -> None:
         """Read every expert back into its module, as if it had never been offloaded.
+
+        What is mapped is read too: the files may be written over afterwards.
 
         Raises BudgetError when they do not fit in free memory; the offload then stays as it was.
         """
@@ -147,6 +157,7 @@ class Handle:
             site.num_experts * self.engine.tensor_map.layers[layer].layout.weight_bytes
             for layer, site in enumerate(self._sites)
         )
+        needed += self._mapped_bytes
         free = available_memory_bytes()
         if self._device.type == "cpu" and needed > free:
             raise BudgetError(
@@ -157,6 +168,8 @@ class Handle:
         self._detach()
         for site, tensors in zip(self._sites, restored, strict=True):
             _set_parameters(site, tensors)
+        for parameter in self._mapped:
+            parameter.data = parameter.data.clone()
         self._is_restored = True
         self.close()
 
@@ -248,6 +261,11 @@ class Handle:
         module.__dict__["_apply"] = _GuardedApply(module, inside)
         hook = module.register_load_state_dict_pre_hook(_refuse_new_weights)  # type: ignore[no-untyped-call]
         self._undo += [lambda: module.__dict__.pop("_apply"), hook.remove]
+
+    def _check_before_use(self, module: nn.Module, mapped: MappedTensor) -> None:
+        check = torch.compiler.disable(lambda *_: mapped.check())  # type: ignore[no-untyped-call]
+        hook = module.register_forward_pre_hook(check)
+        self._undo.append(hook.remove)
 
     def _detach(self) -> None:
         for undo in self._undo:

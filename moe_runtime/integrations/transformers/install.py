@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from moe_runtime.layer import ExpertMath
 from moe_runtime.memory.assembly import Assembly, row_major, stack
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
+from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.slots import allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
@@ -100,6 +102,7 @@ def install(
     device: torch.device,
     direct: bool,
     dense_bytes: int,
+    mapped: Mapping[str, MappedTensor] = MappingProxyType({}),
     spill_folder: Path | None = None,
 ) -> Handle:
     """Open the files, allocate the slots and put offloaded experts in the place of `sites`."""
@@ -127,6 +130,7 @@ def install(
         budget,
         settings,
         dense_bytes=dense_bytes,
+        mapped=mapped,
         device=device,
         spill_folder=spill_folder,
     )

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from moe_runtime.integrations.transformers.survey import causal_class, loading_c
 from moe_runtime.layer import ExpertMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.read_tensor import read_tensor
 from moe_runtime.memory.safetensors_header import FileTensor
 from moe_runtime.memory.tensor_map import TensorMap
@@ -64,7 +65,8 @@ def load(
     bytes) or bytes. `policy` is 'lru', 'lfu', or a policy of moe_runtime.cache. Reads bypass the
     page cache unless `page_cache`.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
-    device in use. Other arguments are those of `from_pretrained`.
+    device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
+    row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
 
     Outputs equal the unmodified model's with `experts_implementation="eager"`, bit for bit on CPU.
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
@@ -127,6 +129,7 @@ def load(
         device=device,
         direct=not page_cache,
         dense_bytes=made.dense_bytes,
+        mapped=plan.mapped,
     )
     logger.info("%s: %s", model, handle.placement())
     return (result, info) if wants_info else result  # type: ignore[return-value]
@@ -154,6 +157,7 @@ class _Plan:
         device: torch.device,
     ) -> None:
         self.made: _Made | None = None
+        self.mapped: dict[str, MappedTensor] = {}  # by name, as they are read
         self._shapes: dict[str, list[int]] = {}
         self._checkpoint = checkpoint
         self._memory = memory
@@ -168,7 +172,7 @@ class _Plan:
             self._memory,
             found.tensor_map,
             found.sites,
-            dense_bytes=found.dense_bytes,
+            dense_bytes=found.dense_bytes - (0 if accelerated else found.lookup_bytes),
             available_bytes=_device_available(self._device),
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
@@ -178,7 +182,15 @@ class _Plan:
             _empty(site)
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
         self.made = _Made(found.sites, maths, found.tensor_map, budget, found.dense_bytes)
-        return {name: _LazyTensor(self._checkpoint[name]) for name in found.dense_names}
+        lookups = () if accelerated else found.lookup_names
+        return {
+            name: _LazyTensor(self._checkpoint[name], self._map if name in lookups else read_tensor)
+            for name in found.dense_names
+        }
+
+    def _map(self, place: FileTensor) -> torch.Tensor:
+        self.mapped[place.name] = MappedTensor(place)
+        return self.mapped[place.name].tensor
 
     def misshapen(self) -> str:
         """The first tensor that does not fit the model, if that shows before conversion."""
@@ -191,11 +203,12 @@ class _Plan:
 class _LazyTensor:
     """What transformers' loader asks for: `tensor[...]` reads it."""
 
-    def __init__(self, place: FileTensor) -> None:
+    def __init__(self, place: FileTensor, read: Callable[[FileTensor], torch.Tensor]) -> None:
         self._place = place
+        self._read = read
 
     def __getitem__(self, index: object) -> torch.Tensor:
-        return read_tensor(self._place)
+        return self._read(self._place)
 
 
 def _empty(site: ExpertSite) -> None:

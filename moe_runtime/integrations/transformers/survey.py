@@ -22,6 +22,7 @@ from moe_runtime.integrations.transformers.install import (
 from moe_runtime.integrations.transformers.resolve import ResolvedModel
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.layout import TORCH_DTYPES
 from moe_runtime.memory.tensor_map import TensorMap
 
 
@@ -35,6 +36,8 @@ class Survey:
     dtypes: Mapping[str, torch.dtype]  # of the experts' tensors, by full name
     dense_names: list[str]  # tensors of the checkpoint that are not experts
     dense_bytes: int
+    lookup_names: list[str]  # those of which a token uses one row, as they are in the file
+    lookup_bytes: int
 
 
 def survey(model: PreTrainedModel, load_config: Any, checkpoint: Checkpoint) -> Survey:
@@ -51,7 +54,17 @@ def survey(model: PreTrainedModel, load_config: Any, checkpoint: Checkpoint) -> 
     dtypes = _load_dtypes(model, names, load_config.dtype_plan or {})
     phases = {name: loaded_phase(places[name], dtypes[name]) for name in names}
     tensor_map = build_tensor_map(sites, places, dtypes, phases)
-    return Survey(model, sites, tensor_map, dtypes, dense_names, dense_bytes_of(model, sites))
+    lookups = _lookups(model, dense_names, checkpoint)
+    return Survey(
+        model,
+        sites,
+        tensor_map,
+        dtypes,
+        dense_names,
+        dense_bytes_of(model, sites),
+        list(lookups),
+        sum(lookups.values()),
+    )
 
 
 def survey_checkpoint(
@@ -143,6 +156,23 @@ def causal_class(
     classes: tuple[type[PreTrainedModel], ...] = found if isinstance(found, tuple) else (found,)
     named = {c.__name__: c for c in classes}
     return next((named[name] for name in config.architectures or () if name in named), classes[0])
+
+
+def _lookups(
+    model: PreTrainedModel, dense_names: list[str], checkpoint: Checkpoint
+) -> dict[str, int]:
+    """Bytes of embeddings, by name, that nobody multiplies with and nobody casts."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    eligible = set(dense_names) - {*tied, *tied.values()}
+    found = {}
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        if isinstance(module, nn.Embedding) and name in eligible:
+            place, weight = checkpoint[name], module.weight
+            same_dtype = TORCH_DTYPES.get(place.dtype) == weight.dtype
+            if same_dtype and tuple(place.shape) == tuple(weight.shape):
+                found[name] = place.num_bytes
+    return found
 
 
 def _load_dtypes(
