@@ -85,18 +85,19 @@ def save_config(config: object, path: Path, *, heading: str) -> None:
     body = yaml.dump(_as_rows(plain_config(config)), Dumper=_Dumper, sort_keys=False, width=10_000)
     text = f"# {heading}\n{body}"
     try:
-        if path.exists() and not path.is_file():  # /dev/stdout must not be replaced by a file
-            path.write_text(text, encoding="utf-8")
-        else:
-            _replace(path.resolve(), text)
+        write_whole(path, text)
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written: {error.strerror}; name another file"
         ) from error
 
 
-def _replace(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write beside the file, then take its place: nobody ever reads half of it."""
+    if path.exists() and not path.is_file():  # /dev/stdout must not be replaced by a file
+        path.write_text(text, encoding="utf-8")
+        return
+    path = path.resolve()
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")

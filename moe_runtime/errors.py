@@ -51,3 +51,7 @@ class ProbeError(MoERuntimeError):
 
 class MissingPackageError(MoERuntimeError, ImportError):
     """An optional package is not installed; the message holds the command that installs it."""
+
+
+class PlacementError(MoERuntimeError, ValueError):
+    """A placement, or the problem it should solve, is damaged, contradictory or infeasible."""
