@@ -63,7 +63,12 @@ LAW = {
     "parallel": Room(3, names("parallel"), BELOW_3, names("numpy torch")),
     "wiring": Room(4, WIRING, BELOW_5, names("numpy torch")),
     "integrations": Room(
-        5, names("integrations"), BELOW_5, FOREIGN | names("numpy torch safetensors"), FOREIGN
+        5,
+        names("integrations"),
+        BELOW_5,
+        FOREIGN | names("numpy torch safetensors yaml"),
+        # A dump may be torch's; files that are text must not wait for torch.
+        FOREIGN | names("torch"),
     ),
     "measure": Room(
         5,
