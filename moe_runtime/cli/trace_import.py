@@ -17,7 +17,10 @@ moe-runtime trace import day1.npz day2.npz --from npz -o both.npz
 
 moe-runtime trace import routing.csv --from csv --num-experts 64 -o routing.npz
 
-docs/formats.md describes the fields of a trace and the columns of a CSV file.
+moe-runtime trace import expert_distribution_recorder_*.pt --from sglang -o routing.npz
+
+docs/formats.md describes the fields of a trace and the columns of a CSV file; docs/placement.md
+says how to record with SGLang, TensorRT-LLM, Megatron-Core and vLLM.
 """
 
 
@@ -26,6 +29,11 @@ class Source(StrEnum):
 
     NPZ = "npz"
     CSV = "csv"
+    SGLANG = "sglang"
+    TENSORRT_LLM = "tensorrt-llm"
+    MEGATRON = "megatron"
+    VLLM = "vllm"
+    EXFLOW = "exflow"
 
 
 def import_(
@@ -39,6 +47,12 @@ def import_(
         int | None,
         typer.Option(min=1, help="Experts a layer, for files that do not say it, or wrongly."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model's name, for files that do not say it.")
+    ] = None,
+    domain: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="What kind of text it is, such as code.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check files, fill in what they leave out, and write them as one trace."""
@@ -47,7 +61,15 @@ def import_(
     with terminal.waiting("importing"):
         from moe_runtime.measure.trace_import import import_traces
 
-        result = import_traces(files, output, source=source, num_experts=num_experts)
+        result = import_traces(
+            files, output, source=source, num_experts=num_experts, model=model, domain=domain
+        )
+    if result.is_sorted_by_id:
+        terminal.warn(
+            "the experts of every token are in the order of their ids, so the first is not the one "
+            "with the largest weight: solve placements with --objective fanout, and do not read "
+            "the crossings of the top-1 path"
+        )
     if as_json:
         terminal.show_json(
             {
