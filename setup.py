@@ -42,7 +42,14 @@ LIBRARIES = [
         depends=["setup.py"],
         extra_compile_args=["-std=c11", "-O2", "-g0", "-fvisibility=hidden"],
         optional=True,  # without a compiler torch computes, and `moe-runtime doctor` says so
-    )
+    ),
+    Extension(
+        "moe_runtime.placement.native.anneal_library",
+        ["placement/native/anneal.c"],
+        depends=["setup.py"],
+        extra_compile_args=["-std=c11", "-O3", "-g0", "-fvisibility=hidden"],
+        optional=True,  # without a compiler numpy anneals, and the result says so
+    ),
 ]
 
 setup(
@@ -55,6 +62,7 @@ setup(
         "moe_runtime.configs": ["**/*"],
         **{f"moe_runtime.{room}": ["README.md"] for room in ROOMS},
         "moe_runtime.kernels.cpu": ["*.c"],
+        "moe_runtime.placement.native": ["*.c"],
     },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},
     include_package_data=False,

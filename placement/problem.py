@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_runtime.errors import PlacementError
-from moe_runtime.placement.objective import Objective
+from moe_runtime.placement.objective import OBJECTIVES, Objective
 from moe_runtime.placement.routing_counts import RoutingCounts
 from moe_runtime.placement.topology import Topology
 from moe_runtime.placement_map import Placement
@@ -29,7 +29,7 @@ class Problem:
     counts: RoutingCounts
     topology: Topology
     num_slots: int
-    objective: Objective = Objective(transitions=1.0)
+    objective: Objective = OBJECTIVES["transitions"]
     balance: float | None = None
     previous: Placement | None = None
     # Price of one moved expert, in hops per token: (bytes of an expert) / (bytes of a token's
