@@ -83,6 +83,26 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
             ),
         },
     ),
+    "placement": CommandFamily(
+        "Decide which GPU holds which expert.",
+        {
+            "solve": LazyCommand(
+                "moe_runtime.cli.placement_solve", "solve", "Place experts by recorded routing."
+            ),
+            "evaluate": LazyCommand(
+                "moe_runtime.cli.placement_evaluate", "evaluate", "Judge a placement on a trace."
+            ),
+            "compare": LazyCommand(
+                "moe_runtime.cli.placement_compare", "compare", "Judge ours beside the usual ones."
+            ),
+            "export": LazyCommand(
+                "moe_runtime.cli.placement_export", "export", "Write it as an engine loads it."
+            ),
+            "import": LazyCommand(
+                "moe_runtime.cli.placement_import", "import_", "Read another program's placement."
+            ),
+        },
+    ),
     "bench": CommandFamily(
         "Measure speed against peers and against the machine's limits.",
         {

@@ -129,6 +129,33 @@ def test_sglang_dumps_that_contradict_themselves(tmp_path: Path) -> None:
         )  # type: ignore[arg-type]
 
 
+def test_loads_of_all_ranks_add_up(tmp_path: Path) -> None:
+    """Law: experts of the trace are used as often as the ranks' counts of slots say together."""
+    rng = np.random.default_rng(0)
+    counted = np.zeros((2, 4), np.int64)
+    files = []
+    for rank in range(3):
+        slots = np.argsort(rng.random((5, 2, 6)), axis=2)[..., :2]
+        for layer in range(2):
+            physical = np.bincount(slots[:, layer].ravel(), minlength=6)
+            np.add.at(counted[layer], SLOT_MAP[layer + 1], physical)
+        # A token that has an expert in two slots cannot be: SGLang picks slots of distinct experts.
+        experts = np.array(SLOT_MAP)[1:][np.arange(2)[None, :, None], slots]
+        alike = experts[..., 0] == experts[..., 1]
+        for token, layer in np.argwhere(alike):
+            old = slots[token, layer, 1]
+            new = next(s for s in range(6) if SLOT_MAP[layer + 1][s] != experts[token, layer, 0])
+            slots[token, layer, 1] = new
+            counted[layer, SLOT_MAP[layer + 1][old]] -= 1
+            counted[layer, SLOT_MAP[layer + 1][new]] += 1
+        record = sglang_record(0, [0, 1, 2, 3, 4], slots.tolist(), [5])
+        files.append(sglang_dump(tmp_path / f"d_{rank}.pt", [record]))
+    import_traces(files, tmp_path / "t.npz", source="sglang")
+    found = Trace.load(tmp_path / "t.npz")
+    loads = [np.bincount(found.topk[:, layer].ravel(), minlength=4) for layer in range(2)]
+    np.testing.assert_array_equal(loads, counted)
+
+
 def test_ranks_are_put_together_and_copies_are_refused(tmp_path: Path) -> None:
     """Law: a trace holds the tokens of all ranks, in sequences of their own, each once."""
     first = sglang_dump(tmp_path / "d_0.pt", [sglang_record(0, [0, 1], [[[0, 1]] * 2] * 2, [2])])
