@@ -3,7 +3,7 @@
 P items a layer, G GPUs, s = P / G items on each.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import scipy.sparse
 from scipy.optimize import linear_sum_assignment, linprog
 
 from moe_runtime.placement.cost_model import CostModel
+from moe_runtime.placement.problem import Problem
 from moe_runtime.placement.topology import Topology
 from moe_runtime.placement.workers import Control, Job, run_jobs
 
@@ -30,8 +31,8 @@ class Bound:
 
 
 def lower_bound(
+    problem: Problem,
     model: CostModel,
-    topology: Topology,
     *,
     control: Control,
     num_processes: int,
@@ -44,53 +45,84 @@ def lower_bound(
     transitions cost at least near x (GPU crossings) + (far - near) x (node crossings), each bounded
     on its own. Once `control` says stop, the remaining layers get the weaker, quicker bounds.
     """
-    near, far = _hops(topology)
-    jobs: list[Job[tuple[float, str]]] = []
-    for chain in model.chain:
-        jobs.append(_pair_job(chain, model.num_gpus))
-        if far > near:
-            jobs.append(_pair_job(chain, topology.nodes))
-    # Cheap layers are not worth a process.
-    num_processes = num_processes if model.num_items > 64 else 1
-    kept = run_jobs(jobs, control, num_processes=num_processes) if jobs else []
+    near, far = _hops(problem.topology)
     value = cocluster
-    for layer, chain in enumerate(model.chain):
-        # With n replicas of an item's expert, the pairs of one token are n: one is enough.
-        total = float((chain / model.replicas[layer + 1][None, :]).sum())
+    kinds: list[str] = []
+    weight = problem.objective.transitions
+    transitions = problem.counts.transitions if weight else problem.counts.transitions[:0]
+    if len(transitions):
+        flows = transitions * (weight / float(transitions.sum()))
+        copies = np.stack(
+            [np.bincount(row, minlength=model.num_experts) for row in model.expert]
+        ).astype(np.float64)
+        parts = {model.num_gpus: near}
         if far > near:
-            value += near * max(total - kept[2 * layer][0], 0.0)
-            value += (far - near) * max(total - kept[2 * layer + 1][0], 0.0)
-        else:
-            value += near * max(total - kept[layer][0], 0.0)
-    if model.within is not None:
+            parts[problem.topology.nodes] = far - near
+        jobs = [
+            _pair_job(flow, copies[layer], copies[layer + 1], num_parts)
+            for num_parts in parts
+            for layer, flow in enumerate(flows)
+        ]
+        # Small layers are not worth a process.
+        kept = run_jobs(jobs, control, num_processes=num_processes if model.num_items > 64 else 1)
+        kinds = [kind for _, kind in kept]
+        prices = np.repeat(list(parts.values()), len(flows))
+        totals = np.tile(flows.sum(axis=(1, 2)), len(parts))
+        most = np.array([amount for amount, _ in kept])
+        value += float((prices * np.maximum(totals - most, 0.0)).sum())
+    if model.within is not None and not model.is_replicated:
         value += sum(_split_bound(pairs, model.num_gpus) for pairs in model.within)
     if model.unary is not None:
         value += sum(_unary_bound(unary_GP) for unary_GP in model.unary)
-    kinds = [kind for _, kind in kept]
     return Bound(value=value, kind=max(sorted(set(kinds)), key=kinds.count) if kinds else "terms")
 
 
-def most_kept(chain: Array, num_parts: int, *, is_quick: bool = False) -> tuple[float, str]:
-    """At least the weight `sum chain[p, q] z[p, q]` that any two balanced partitions keep together.
+def most_kept(
+    flow: Array,
+    num_parts: int,
+    copies: tuple[Array, Array] | None = None,
+    *,
+    is_quick: bool = False,
+) -> tuple[float, str]:
+    """At least the part of `flow` `[E, E]` that any two balanced partitions keep together.
 
-    z[p, q] says whether p of the one layer and q of the next share a part. It has s ones in each
-    row and column, so the best such 0-1 matrix keeps at least as much (b-matching, an integral
-    linear programme). And z - 1 / G is s times a partial isometry of rank G - 1, orthogonal to the
-    vector of ones, so it keeps at most sum / G + s x (the G - 1 largest singular values of the
-    centred chain). The smaller of both.
+    With n_i replicas of expert i in the one layer and m_j of j in the next (`copies`), and s slots
+    on each part, let y[i, j] count the replicas of i whose part holds j. Each replica shares its
+    part with at most s experts, and each of j's with at most s replicas, so
+
+        kept <= max sum flow[i, j] / n_i y[i, j]
+        s. t. sum_j y[i, j] <= n_i s,  sum_i y[i, j] <= m_j s,  0 <= y[i, j] <= n_i
+
+    a transportation problem (b-matching where all n and m are 1). Without replicas also: y - 1 / G
+    is s times a partial isometry of rank G - 1, orthogonal to the vector of ones, so it keeps at
+    most sum / G + s x (the G - 1 largest singular values of the centred flow). The smaller counts.
     """
-    share = len(chain) // num_parts
-    if num_parts == 1 or not chain.any():
-        return float(chain.sum()), "trivial"
-    spectral = _spectral(chain, num_parts)
-    matching = _b_matching(chain, share, is_quick=is_quick)
+    size = len(flow)
+    n, m = copies if copies is not None else (np.ones(size), np.ones(size))
+    if num_parts == 1 or not flow.any():
+        return float(flow.sum()), "trivial"
+    share = int(n.sum()) // num_parts
+    is_single = bool((n == 1).all() and (m == 1).all())
+    problem = _Transport(weight=flow / n[:, None], rows=n * share, columns=m * share, most=n)
+    matching = _b_matching(problem, share, is_quick=is_quick, is_single=is_single)
+    spectral = _spectral(flow, num_parts) if is_single else np.inf
     return (matching, "b-matching") if matching <= spectral else (spectral, "spectral")
 
 
-def dual_value(chain: Array, row: Array, column: Array, share: int) -> float:
-    """What no b-matching can exceed, by weak duality, whatever prices `row` and `column` are."""
-    surplus = np.maximum(chain - row[:, None] - column[None, :], 0.0).sum()
-    return float(share * (row.sum() + column.sum()) + surplus)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Transport:
+    """Maximise sum weight y; rows and columns sum to at most `rows`, `columns`; y[i] <= most[i]."""
+
+    weight: Array  # [E, E]
+    rows: Array  # [E]
+    columns: Array  # [E]
+    most: Array  # [E]
+
+    def dual_value(self, row: Array, column: Array) -> float:
+        """What no solution can exceed, by weak duality, whatever prices of at least 0 these are."""
+        surplus = np.maximum(self.weight - row[:, None] - column[None, :], 0.0)
+        priced = float((self.rows * row).sum() + (self.columns * column).sum())
+        return priced + float((surplus * self.most[:, None]).sum())
 
 
 def _hops(topology: Topology) -> tuple[float, float]:
@@ -102,51 +134,53 @@ def _hops(topology: Topology) -> tuple[float, float]:
     return near, far
 
 
-def _pair_job(chain: Array, num_parts: int) -> Job[tuple[float, str]]:
+def _pair_job(flow: Array, n: Array, m: Array, num_parts: int) -> Job[tuple[float, str]]:
     def job(control: Control) -> tuple[float, str]:
-        return most_kept(chain, num_parts, is_quick=control.should_stop())
+        return most_kept(flow, num_parts, (n, m), is_quick=control.should_stop())
 
     return job
 
 
-def _spectral(chain: Array, num_parts: int) -> float:
-    centred = chain - chain.mean(axis=0) - chain.mean(axis=1)[:, None] + chain.mean()
+def _spectral(flow: Array, num_parts: int) -> float:
+    centred = flow - flow.mean(axis=0) - flow.mean(axis=1)[:, None] + flow.mean()
     values = np.linalg.svd(centred, compute_uv=False)[: num_parts - 1]
     # 1e-12: so that rounding in the decomposition cannot make the bound too small
-    share = len(chain) / num_parts
-    return float(chain.sum() / num_parts + share * values.sum() * (1 + 1e-12))
+    share = len(flow) / num_parts
+    return float(flow.sum() / num_parts + share * values.sum() * (1 + 1e-12))
 
 
-def _b_matching(chain: Array, share: int, *, is_quick: bool) -> float:
+def _b_matching(problem: _Transport, share: int, *, is_quick: bool, is_single: bool) -> float:
     """The linear programme's dual value; exact up to `_CLOSE_ENOUGH`, and never too small."""
-    if share == 1:
-        rows, columns = linear_sum_assignment(chain, maximize=True)
-        return float(chain[rows, columns].sum())
-    scale = float(chain.max())
-    scaled = chain / scale
-    row, column = _first_duals(scaled, share)
-    best = dual_value(scaled, row, column, share)
+    if share == 1 and is_single:
+        rows, columns = linear_sum_assignment(problem.weight, maximize=True)
+        return float(problem.weight[rows, columns].sum())
+    scale = float(problem.weight.max())
+    scaled = replace(problem, weight=problem.weight / scale)
+    row, column = _first_duals(scaled.weight, share)
+    best = scaled.dual_value(row, column)
     if not is_quick:
         best = min(best, _by_columns(scaled, row, column, share))
     return best * scale
 
 
-def _first_duals(chain: Array, share: int) -> tuple[Array, Array]:
+def _first_duals(weight: Array, share: int) -> tuple[Array, Array]:
     """Prices at which each row and column would take `share` others, by damped alternation."""
-    size = len(chain)
+    size = len(weight)
+    place = max(size - share, 0)
     row, column = np.zeros(size), np.zeros(size)
     for _ in range(_DUAL_STEPS):
-        wanted = np.partition(chain - column[None, :], size - share, axis=1)[:, size - share]
-        row = 0.5 * (row + wanted)
-        wanted = np.partition(chain - row[:, None], size - share, axis=0)[size - share]
-        column = 0.5 * (column + wanted)
+        wanted = np.partition(weight - column[None, :], place, axis=1)[:, place]
+        row = np.maximum(0.5 * (row + wanted), 0.0)
+        wanted = np.partition(weight - row[:, None], place, axis=0)[place]
+        column = np.maximum(0.5 * (column + wanted), 0.0)
     return row, column
 
 
-def _by_columns(chain: Array, row: Array, column: Array, share: int) -> float:
+def _by_columns(problem: _Transport, row: Array, column: Array, share: int) -> float:
     """Solve for the pairs that could matter, then add those that its prices would take."""
-    size = len(chain)
-    surplus = chain - row[:, None] - column[None, :]
+    weight = problem.weight
+    size = len(weight)
+    surplus = weight - row[:, None] - column[None, :]
     likely = min(size, share + share // 2 + 4)
     is_there = np.zeros((size, size), np.bool_)
     for axis in (0, 1):
@@ -154,19 +188,19 @@ def _by_columns(chain: Array, row: Array, column: Array, share: int) -> float:
         first = first[:likely] if axis == 0 else first[:, :likely]
         np.put_along_axis(is_there, first, True, axis=axis)
     best = np.inf
+    limits = np.concatenate([problem.rows, problem.columns])
     for _ in range(_MAX_ROUNDS):
-        p, q = np.nonzero(is_there)
-        entry = np.arange(len(p))
-        places = (np.concatenate([p, size + q]), np.concatenate([entry, entry]))
-        sums = scipy.sparse.csr_matrix((np.ones(2 * len(p)), places), shape=(2 * size, len(p)))
-        solved = linprog(
-            -chain[p, q], A_eq=sums, b_eq=np.full(2 * size, share), bounds=(0, 1), method="highs-ds"
-        )
+        i, j = np.nonzero(is_there)
+        entry = np.arange(len(i))
+        places = (np.concatenate([i, size + j]), np.concatenate([entry, entry]))
+        sums = scipy.sparse.csr_matrix((np.ones(2 * len(i)), places), shape=(2 * size, len(i)))
+        bounds = np.stack([np.zeros(len(i)), problem.most[i]], axis=1)
+        solved = linprog(-weight[i, j], A_ub=sums, b_ub=limits, bounds=bounds, method="highs-ds")
         if solved.status != 0:
             break
-        prices = -solved.eqlin.marginals
-        best = min(best, dual_value(chain, prices[:size], prices[size:], share))
-        wanted = (chain - prices[:size, None] - prices[None, size:] > 1e-9) & ~is_there
+        prices = np.maximum(-solved.ineqlin.marginals, 0.0)
+        best = min(best, problem.dual_value(prices[:size], prices[size:]))
+        wanted = (weight - prices[:size, None] - prices[None, size:] > 1e-9) & ~is_there
         if best <= -solved.fun * (1 + _CLOSE_ENOUGH) or not wanted.any():
             break
         is_there |= wanted

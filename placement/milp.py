@@ -36,7 +36,7 @@ def solve_programme(
     Data         chain[l, p, q] >= 0, unary[l, g, p], load[l, p], a flat topology
     Variables    x[l, p, g] in {0, 1}: item p of layer l is on g
                  z[l, p, q, g] in [0, 1]: and so is item q of layer l + 1
-    Objective    maximise sum chain[l, p, q] z[l, p, q, g] - sum unary[l, g, p] x[l, p, g]
+    Objective    minimise sum unary[l, g, p] x[l, p, g] - sum chain[l, p, q] z[l, p, q, g]
     Constraints  sum_g x[l, p, g] = 1; sum_p x[l, p, g] = s
                  sum_q z[l, p, q, g] = s x[l, p, g];  sum_p z[l, p, q, g] = s x[l + 1, q, g]
                  z[l, p, q, g] <= x[l, p, g];  z[l, p, q, g] <= x[l + 1, q, g]
@@ -58,13 +58,12 @@ def solve_programme(
     # LpStatus says Optimal at the time limit too; sol_status tells the two apart.
     is_optimal = status == pulp.LpSolutionOptimal
     has_solution = is_optimal or status == pulp.LpSolutionIntegerFeasible
-    kept_at_most = _dual_bound(programme, name, is_optimal)
     total = float(model.chain.sum() * model.costs.max()) + model.offset
     return ProgrammeResult(
         gpu=_read(model, x) if has_solution else None,
         is_optimal=is_optimal,
         is_infeasible=status == pulp.LpSolutionInfeasible,
-        lower_bound=total - kept_at_most,
+        lower_bound=total + _dual_bound(programme, name, is_optimal),
         solver=name,
     )
 
@@ -114,12 +113,12 @@ def _engine(pulp: Any, solver: str | None, control: Control, is_warm: bool) -> t
 def _build(pulp: Any, model: CostModel) -> tuple[Any, list[list[list[Any]]]]:
     L, P, G = model.num_layers, model.num_items, model.num_gpus
     hop = float(model.costs.max())
-    programme = pulp.LpProblem("placement", pulp.LpMaximize)
+    programme = pulp.LpProblem("placement", pulp.LpMinimize)
     x = [
         [[pulp.LpVariable(f"x_{i}_{p}_{g}", cat="Binary") for g in range(G)] for p in range(P)]
         for i in range(L)
     ]
-    gains = []
+    prices = []
     for layer in range(L):
         for p in range(P):
             programme += pulp.lpSum(x[layer][p]) == 1
@@ -129,8 +128,8 @@ def _build(pulp: Any, model: CostModel) -> tuple[Any, list[list[list[Any]]]]:
                 loads = [(x[layer][p][g], float(model.load[layer, p])) for p in range(P)]
                 programme += pulp.LpAffineExpression(loads) <= model.balance
         if model.unary is not None:
-            gains += [
-                (x[layer][p][g], -float(model.unary[layer, g, p]))
+            prices += [
+                (x[layer][p][g], float(model.unary[layer, g, p]))
                 for p in range(P)
                 for g in range(G)
             ]
@@ -151,8 +150,8 @@ def _build(pulp: Any, model: CostModel) -> tuple[Any, list[list[list[Any]]]]:
                 for q in range(P):
                     programme += z[p][q] <= here[p][g]
                     programme += z[p][q] <= there[q][g]
-                    gains.append((z[p][q], hop * float(model.chain[layer, p, q])))
-    programme.setObjective(pulp.LpAffineExpression(gains))
+                    prices.append((z[p][q], -hop * float(model.chain[layer, p, q])))
+    programme.setObjective(pulp.LpAffineExpression(prices))
     return programme, x
 
 
@@ -178,8 +177,8 @@ def _read(model: CostModel, x: list[list[list[Any]]]) -> Array:
 
 
 def _dual_bound(programme: Any, solver: str, is_optimal: bool) -> float:
-    """What the maximised objective cannot exceed; inf where PuLP does not tell."""
+    """What the programme's objective cannot be below; -inf where PuLP does not tell."""
     if solver == "HiGHS":
         return float(programme.solverModel.getInfo().mip_dual_bound)
     value = programme.objective.value() if is_optimal else None
-    return np.inf if value is None else float(value)
+    return -np.inf if value is None else float(value)

@@ -1,6 +1,6 @@
-"""Packs the items of one layer onto GPUs so that the busiest has as little load as possible.
+"""Holds each expert of one layer on GPUs so that the busiest has as little load as possible.
 
-P items, G GPUs, E experts.
+E experts, G GPUs, `holds` `[G, E]` bool: who has a replica of what; a load splits evenly.
 """
 
 from typing import Any
@@ -9,89 +9,170 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-_LEAST_GAIN = 1e-9  # of the busiest load: less is rounding, and would never end
+_SHARPNESS = 16.0  # of the mean of powers that stands for the greatest load, and sees ties
+_LEAST_GAIN = 1e-5  # of it: less is not worth a step
+_KICK_EFFORT = 6000  # kicks x slots
+_MOST_KICKS, _FEWEST_KICKS = 250, 4
 
 
-def pack(load: Array, expert: Array, num_gpus: int, *, gpu: Array | None = None) -> Array:
-    """`[P]` int32: the GPU of each item, P / G items each, no two of one expert on a GPU.
-
-    `load` `[P]`, `expert` `[P]` (at most G items of one). Heaviest first onto the least loaded GPU
-    that has room and not this expert (Graham's rule with equal numbers, as EPLB packs), then swaps
-    of the busiest GPU with the others while its load falls. `gpu` is a packing to start from
-    instead.
-    """
-    if gpu is None:
-        gpu = _heaviest_first(load, expert, num_gpus)
-    return _swap_down(load, expert, num_gpus, gpu.astype(np.int32))
+def gpu_loads(load_E: Array, holds: Array) -> Array:
+    """`[G]`: what each GPU has, an expert's load being split evenly over its replicas."""
+    loads: Array = holds @ (load_E / holds.sum(axis=0))
+    return loads
 
 
-def _heaviest_first(load: Array, expert: Array, num_gpus: int) -> Array:
-    capacity = len(load) // num_gpus
-    gpu = np.full(len(load), -1, np.int32)
+def first_packing(load_E: Array, count_E: Array, num_gpus: int) -> Array:
+    """`holds` with `count_E` replicas: heaviest first, onto the least loaded GPU with room."""
+    capacity = int(count_E.sum()) // num_gpus
+    share_E = load_E / count_E
+    holds = np.zeros((num_gpus, len(load_E)), np.bool_)
     total = np.zeros(num_gpus)
     room = np.full(num_gpus, capacity)
-    holds = np.zeros((num_gpus, int(expert.max()) + 1), np.bool_)
-    for item in np.argsort(-load, kind="stable"):
-        free = (room > 0) & ~holds[:, expert[item]]
+    for expert in np.repeat(*_heaviest_first(share_E, count_E)):
+        free = (room > 0) & ~holds[:, expert]
         if not free.any():
-            item_there = _make_room(gpu, expert, room, holds, int(item))
-            total -= np.bincount([gpu[item_there]], [load[item_there]], minlength=num_gpus)
-            target = int(np.flatnonzero((room > 0) & ~holds[:, expert[item_there]])[0])
-            source = int(gpu[item_there])
-            holds[source, expert[item_there]] = False
+            source, target, other = _make_room(holds, room, int(expert))
+            holds[source, other], holds[target, other] = False, True
+            total[source] -= share_E[other]
+            total[target] += share_E[other]
             room[source] += 1
-            _put(gpu, expert, room, holds, item_there, target)
-            total[target] += load[item_there]
-            free = (room > 0) & ~holds[:, expert[item]]
-        target = int(np.where(free, total, np.inf).argmin())
-        _put(gpu, expert, room, holds, int(item), target)
-        total[target] += load[item]
-    return gpu
+            room[target] -= 1
+            free = (room > 0) & ~holds[:, expert]
+        gpu = int(np.where(free, total, np.inf).argmin())
+        holds[gpu, expert] = True
+        total[gpu] += share_E[expert]
+        room[gpu] -= 1
+    return holds
 
 
-def _put(gpu: Array, expert: Array, room: Array, holds: Array, item: int, target: int) -> None:
-    gpu[item] = target
-    room[target] -= 1
-    holds[target, expert[item]] = True
+def improve(load_E: Array, starts: list[Array], *, good_enough: float, seed: int = 0) -> Array:
+    """The best of `starts` after swaps, and exchanges of one expert's replica for another's.
 
-
-def _make_room(gpu: Array, expert: Array, room: Array, holds: Array, item: int) -> int:
-    """An item to move to a GPU with room, off a full GPU that does not hold `item`'s expert.
-
-    One exists: the GPUs with room all hold `item`'s expert, so some full GPU does not; it has P / G
-    different experts, and a GPU with room fewer, so one of them is not there.
+    Each descends to a local optimum; the best is then shaken again and again, and kept where that
+    does not make it worse, until the busiest has `good_enough` of the mean. Never worse than a
+    start.
     """
-    full = np.flatnonzero((room == 0) & ~holds[:, expert[item]])
+    rng = np.random.default_rng(seed)
+
+    def busiest(holds: Array) -> float:
+        return float(gpu_loads(load_E, holds).max())
+
+    best = min([*starts, *(_descend(load_E, start) for start in starts)], key=busiest)
+    least = busiest(best)
+    even = load_E.sum() / len(best)
+    current = best
+    kicks = int(np.clip(_KICK_EFFORT // best.sum(), _FEWEST_KICKS, _MOST_KICKS))
+    for _ in range(kicks if 1 < best[0].sum() < best.shape[1] else 0):
+        if least <= even * good_enough:
+            break
+        trial = _descend(load_E, _kicked(current, rng))
+        load = busiest(trial)
+        if load <= least * 1.02:
+            current = trial
+        if load < least:
+            best, least = trial, load
+    return best
+
+
+def _heaviest_first(share_E: Array, count_E: Array) -> tuple[Array, Array]:
+    order = np.argsort(-share_E, kind="stable")
+    return order, count_E[order]
+
+
+def _make_room(holds: Array, room: Array, expert: int) -> tuple[int, int, int]:
+    """(source, target, other): moving `other` gives a GPU without `expert` room for it.
+
+    One exists: the GPUs with room all hold `expert`, so some full GPU does not; it has more
+    experts than a GPU with room, so one of them is not there.
+    """
     target = int(np.flatnonzero(room > 0)[0])
-    for there in full:
-        movable = np.flatnonzero((gpu == there) & ~holds[target, expert])
+    for source in np.flatnonzero((room == 0) & ~holds[:, expert]):
+        movable = np.flatnonzero(holds[source] & ~holds[target])
         if movable.size:
-            return int(movable[-1])
-    raise AssertionError(f"expert {expert[item]} has more items than there are GPUs")
+            return int(source), target, int(movable[-1])
+    raise AssertionError(f"expert {expert} has more replicas than there are GPUs")
 
 
-def _swap_down(load: Array, expert: Array, num_gpus: int, gpu: Array) -> Array:
-    """Swap an item of the busiest GPU for a lighter one elsewhere while the worse of two falls."""
-    total = np.bincount(gpu, load, minlength=num_gpus).astype(np.float64)
-    holds = np.zeros((num_gpus, int(expert.max()) + 1), np.bool_)
-    holds[gpu, expert] = True
+def _descend(load_E: Array, holds: Array) -> Array:
+    """The best move that unloads the busiest GPU, while one makes the loads more even."""
+    holds = holds.copy()
+    mean = load_E.sum() / len(holds)
     while True:
-        busiest = int(total.argmax())
-        mine = np.flatnonzero(gpu == busiest)
-        others = np.flatnonzero(gpu != busiest)
-        moved = load[mine][:, None] - load[others][None, :]
-        there = gpu[others]
-        worse = np.maximum(total[busiest] - moved, total[there][None, :] + moved)
-        same = expert[mine][:, None] == expert[others][None, :]
-        barred = holds[there][:, expert[mine]].T | holds[busiest][expert[others]][None, :]
-        worse[same | barred] = np.inf
-        if not worse.size or worse.min() >= total[busiest] * (1 - _LEAST_GAIN):
-            return gpu
-        a, b = np.unravel_index(int(worse.argmin()), worse.shape)
-        e, f = int(mine[a]), int(others[b])
-        target = int(gpu[f])
-        total[busiest] -= moved[a, b]
-        total[target] += moved[a, b]
-        holds[busiest, expert[e]] = holds[target, expert[f]] = False
-        holds[target, expert[e]] = holds[busiest, expert[f]] = True
-        gpu[e], gpu[f] = target, busiest
+        count_E = holds.sum(axis=0)
+        loads = holds @ (load_E / count_E) / mean
+        busiest = int(loads.argmax())
+        moves, after = _swaps(load_E / count_E / mean, holds, loads, busiest)
+        if count_E.max() > 1:
+            more_moves, more_after = _exchanges(load_E / mean, holds, count_E, loads, busiest)
+            moves, after = np.concatenate([moves, more_moves]), np.concatenate([after, more_after])
+        if not len(moves):
+            return holds
+        uneven = (after**_SHARPNESS).sum(axis=1)
+        chosen = int(uneven.argmin())
+        if uneven[chosen] >= (loads**_SHARPNESS).sum() * (1 - _LEAST_GAIN):
+            return holds
+        gpu, loses, other, gains = (int(i) for i in moves[chosen])
+        holds[gpu, loses], holds[gpu, gains] = False, True
+        if other >= 0:
+            holds[other, gains], holds[other, loses] = False, True
+
+
+def _swaps(share_E: Array, holds: Array, loads: Array, busiest: int) -> tuple[Array, Array]:
+    """Moves (busiest, e, g, f), e for f of another GPU, and the loads `[moves, G]` after each."""
+    mine = np.flatnonzero(holds[busiest])
+    g, f = np.nonzero(holds & ~holds[busiest][None, :])
+    e, pair = (index.ravel() for index in np.meshgrid(mine, np.arange(len(g)), indexing="ij"))
+    allowed = ~holds[g[pair], e] & (share_E[e] > share_E[f[pair]])
+    e, g, f = e[allowed], g[pair][allowed], f[pair][allowed]
+    moved = share_E[e] - share_E[f]
+    after = np.repeat(loads[None], len(e), axis=0)
+    row = np.arange(len(e))
+    after[row, busiest] -= moved
+    after[row, g] += moved
+    return np.stack([np.full(len(e), busiest), e, g, f], axis=1), after
+
+
+def _exchanges(
+    load_E: Array, holds: Array, count_E: Array, loads: Array, busiest: int
+) -> tuple[Array, Array]:
+    """Moves (g, x, -1, y): GPU g gives up its replica of x, one of several, for one of y.
+
+    Such as unload the busiest GPU: y is on it, or g is it.
+    """
+    found = []
+    g, x = np.nonzero(holds & (count_E > 1)[None, :])
+    for y in np.flatnonzero(holds[busiest] & (count_E < len(holds))):
+        fits = ~holds[g, y]
+        found.append(np.stack([g[fits], x[fits], np.full(int(fits.sum()), y)], axis=1))
+    absent = np.flatnonzero(~holds[busiest])
+    for given in np.flatnonzero(holds[busiest] & (count_E > 1)):
+        found.append(
+            np.stack([np.full(len(absent), busiest), np.full(len(absent), given), absent], axis=1)
+        )
+    if not found:
+        return np.zeros((0, 4), np.int64), np.zeros((0, len(holds)))
+    gpu, x, y = np.concatenate(found).T
+    fewer, more = load_E[x] / (count_E[x] - 1), load_E[y] / (count_E[y] + 1)
+    after = loads[None, :] + holds[:, x].T * (fewer - load_E[x] / count_E[x])[:, None]
+    after += holds[:, y].T * (more - load_E[y] / count_E[y])[:, None]
+    after[np.arange(len(gpu)), gpu] += more - fewer
+    return np.stack([gpu, x, np.full(len(gpu), -1), y], axis=1), after
+
+
+def _kicked(holds: Array, rng: np.random.Generator) -> Array:
+    """Some random swaps, and exchanges where there are replicas, later."""
+    holds = holds.copy()
+    for _ in range(int(rng.integers(1, 5))):
+        a, b = rng.choice(len(holds), 2, replace=False)
+        spare = np.flatnonzero(holds[a] & (holds.sum(axis=0) > 1))
+        absent = np.flatnonzero(~holds[a])
+        if spare.size and rng.random() < 0.5:
+            holds[a, rng.choice(spare)] = False
+            holds[a, rng.choice(absent)] = True
+            continue
+        only_a, only_b = np.flatnonzero(holds[a] & ~holds[b]), np.flatnonzero(holds[b] & ~holds[a])
+        if only_a.size and only_b.size:
+            e, f = rng.choice(only_a), rng.choice(only_b)
+            holds[a, e] = holds[b, f] = False
+            holds[b, e] = holds[a, f] = True
+    return holds

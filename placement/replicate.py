@@ -7,29 +7,35 @@ from typing import Any
 
 import numpy as np
 
-from moe_runtime.placement.packing import pack
+from moe_runtime.placement.eplb import eplb_slots
+from moe_runtime.placement.packing import first_packing, improve
 
 Array = np.ndarray[Any, Any]
 
-_MAX_EXCHANGES = 200  # of one replica for another, a layer; each lowers the busiest GPU's load
-_CANDIDATES = 8  # experts that an exchange may take a replica from
+_EVEN = 1.00005  # busiest over mean where nothing more is tried
+_LEVELS = (0.7, 1.0, 1.15, 1.35, 1.7)  # of the mean GPU's load
 
 
-def replicate(loads: Array, num_slots: int, num_gpus: int) -> tuple[Array, Array]:
-    """Items `expert` `[L, P]` and GPUs `gpu` `[L, P]` int32 for small loads on the busiest GPU.
+def replicate(
+    loads: Array, num_slots: int, num_gpus: int, *, good_enough: float = _EVEN
+) -> tuple[Array, Array]:
+    """Items `expert` `[L, P]`, in the order of experts, and their `gpu` `[L, P]` int32.
 
     Data         load[l, e]; P slots on G GPUs
     Variables    n[l, e] replicas, 1 <= n <= G; a GPU for each, P / G a GPU, never two of an expert
     Objective    for each layer, the load of the busiest GPU, an expert's split evenly over replicas
 
-    Counts start by EPLB's rule (one more replica for the largest load a replica, which makes that
-    largest share as small as P slots allow), are packed without duplicates and improved by swaps;
-    then replicas of lightly loaded experts are exchanged for more replicas on the busiest GPU.
+    Starts: counts by EPLB's rule (one more replica for the largest load a replica), at most one a
+    GPU, packed heaviest first; counts that bring every heavy expert's replicas just under a level,
+    for several levels, the slots left over going to light ones, which pack more evenly; and EPLB's
+    own answer, with other experts in place of duplicates. All are improved, and the best stays;
+    busiest over mean of `good_enough` ends a layer early.
     """
     expert = np.empty((len(loads), num_slots), np.int32)
     gpu = np.empty_like(expert)
-    for layer, load_E in enumerate(loads):
-        expert[layer], gpu[layer] = _replicate_layer(load_E.astype(np.float64), num_slots, num_gpus)
+    for layer, load_E in enumerate(np.asarray(loads, np.float64)):
+        holds = _layer(load_E, num_slots, num_gpus, good_enough)
+        expert[layer], gpu[layer] = np.nonzero(holds.T)
     return expert, gpu
 
 
@@ -37,65 +43,56 @@ def busiest_over_mean(loads: Array, expert: Array, gpu: Array, num_gpus: int) ->
     """`[L]`: the busiest GPU's load over the mean GPU's, loads split evenly over replicas."""
     found = []
     for load_E, expert_P, gpu_P in zip(loads, expert, gpu, strict=True):
-        shares = _shares(load_E, np.bincount(expert_P, minlength=len(load_E)), expert_P)
+        shares = (load_E / np.bincount(expert_P, minlength=len(load_E)))[expert_P]
         found.append(np.bincount(gpu_P, shares, minlength=num_gpus).max() * num_gpus / load_E.sum())
     return np.array(found)
 
 
-def _replicate_layer(load_E: Array, num_slots: int, num_gpus: int) -> tuple[Array, Array]:
-    count = _counts(load_E, num_slots, num_gpus)
-    expert, gpu, best = _packed(load_E, count, num_gpus)
+def _layer(load_E: Array, num_slots: int, num_gpus: int, good_enough: float) -> Array:
     if num_slots == len(load_E):
-        return expert, gpu
-    mean = load_E.sum() / num_gpus
-    for _ in range(_MAX_EXCHANGES):
-        if best <= mean * (1 + 1e-9):
-            break
-        found = _exchange(load_E, count, expert, gpu, num_gpus, best)
-        if found is None:
-            break
-        count, expert, gpu, best = found
-    return expert, gpu
+        single = first_packing(load_E, np.ones(num_slots, np.int64), num_gpus)
+        return improve(load_E, [single], good_enough=good_enough)
+    spare = num_slots - len(load_E)
+    counts = {tuple(_grown(load_E, np.ones(len(load_E), np.int64), spare, num_gpus))}
+    for level in _LEVELS:
+        counts |= _below(load_E, level * load_E.sum() / num_gpus, num_slots, num_gpus)
+    starts = [first_packing(load_E, np.array(count), num_gpus) for count in sorted(counts)]
+    starts.append(_without_duplicates(load_E, num_slots, num_gpus))
+    return improve(load_E, starts, good_enough=good_enough)
 
 
-def _exchange(
-    load_E: Array, count: Array, expert: Array, gpu: Array, num_gpus: int, best: float
-) -> tuple[Array, Array, Array, float] | None:
-    """One replica less of a light expert for one more of one on the busiest GPU, if that helps."""
-    shares = _shares(load_E, count, expert)
-    busiest = np.bincount(gpu, shares, minlength=num_gpus).argmax()
-    growing = [e for e in expert[gpu == busiest] if count[e] < num_gpus]
-    growing.sort(key=lambda e: -load_E[e] / count[e])
-    after = np.where(count > 1, load_E / np.maximum(count - 1, 1), np.inf)
-    shrinking = [e for e in np.argsort(after)[:_CANDIDATES] if np.isfinite(after[e])]
-    for more in growing[:_CANDIDATES]:
-        for less in shrinking:
-            if more == less:
-                continue
-            trial = count.copy()
-            trial[more] += 1
-            trial[less] -= 1
-            items, places, worst = _packed(load_E, trial, num_gpus)
-            if worst < best * (1 - 1e-9):
-                return trial, items, places, worst
-    return None
+def _below(load_E: Array, level: float, num_slots: int, num_gpus: int) -> set[tuple[int, ...]]:
+    """Counts with no share above `level`, spare slots to the light; none if slots are too few."""
+    count = np.clip(np.ceil(load_E / level), 1, num_gpus).astype(np.int64)
+    spare = num_slots - int(count.sum())
+    light = np.where(count == 1, load_E, 0.0)
+    if spare < 0 or spare > int((count == 1).sum()) * (num_gpus - 1):
+        return set()
+    return {tuple(_grown(light, count, spare, num_gpus))}
 
 
-def _counts(load_E: Array, num_slots: int, num_gpus: int) -> Array:
-    """`[E]`: replicas, at most one a GPU."""
-    count = np.ones(len(load_E), np.int64)
-    for _ in range(num_slots - len(load_E)):
-        count[np.where(count < num_gpus, load_E / count, -1.0).argmax()] += 1
+def _grown(load_E: Array, count: Array, spare: int, num_gpus: int) -> Array:
+    """`count` with `spare` more, each for the largest load a replica; at most one a GPU."""
+    count = count.copy()
+    is_open = load_E > 0 if (load_E > 0).any() else np.ones(len(load_E), np.bool_)
+    for _ in range(spare):
+        best = np.where(is_open & (count < num_gpus), load_E / count, -1.0).argmax()
+        if count[best] >= num_gpus:  # those are all full
+            best = np.where(count < num_gpus, load_E / count, -1.0).argmax()
+        count[best] += 1
     return count
 
 
-def _packed(load_E: Array, count: Array, num_gpus: int) -> tuple[Array, Array, float]:
-    expert = np.repeat(np.arange(len(load_E), dtype=np.int32), count)
-    shares = _shares(load_E, count, expert)
-    gpu = pack(shares, expert, num_gpus)
-    return expert, gpu, float(np.bincount(gpu, shares, minlength=num_gpus).max())
-
-
-def _shares(load_E: Array, count: Array, expert: Array) -> Array:
-    shares: Array = (load_E / count)[expert]
-    return shares
+def _without_duplicates(load_E: Array, num_slots: int, num_gpus: int) -> Array:
+    """EPLB's global policy; where a GPU has an expert twice, the second makes room for another."""
+    slots = eplb_slots(
+        load_E[None], num_slots=num_slots, num_groups=1, num_nodes=1, num_gpus=num_gpus
+    )
+    holds = np.zeros((num_gpus, len(load_E)), np.bool_)
+    for gpu, held in enumerate(slots[0].reshape(num_gpus, -1)):
+        holds[gpu, held] = True
+    for gpu, held in enumerate(slots[0].reshape(num_gpus, -1)):
+        for _ in range(len(held) - len(set(held.tolist()))):
+            share_E = np.where(holds[gpu], -1.0, load_E / holds.sum(axis=0))
+            holds[gpu, share_E.argmax()] = True
+    return holds

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from moe_runtime.placement.hungarian import hungarian_chain, is_hungarian
 from moe_runtime.placement.milp import solve_programme
 from moe_runtime.placement.polish import can_polish, polish
 from moe_runtime.placement.problem import Problem
+from moe_runtime.placement.rename import rename
 from moe_runtime.placement.replicate import replicate
 from moe_runtime.placement.result import PlacementResult, Status, StoppedBy
 from moe_runtime.placement.search import search
@@ -30,6 +31,7 @@ Array = np.ndarray[Any, Any]
 SOLVERS = ("auto", "dp", "hungarian", "search", "ilp", "eplb")
 _PROOF_GAP = 1e-9  # of the objective: sums in another order differ by less
 _BOUND_SHARE = 0.25  # of the time, kept for the bound
+_EVEN_ENOUGH = 1.05  # busiest over mean of a start, where no limit is asked for
 _POLISH_SECONDS = 5.0  # a window of HiGHS cannot be interrupted, so all of them together get this
 
 
@@ -78,8 +80,15 @@ def solve(
         seed=seed,
         num_processes=num_processes or default_processes(),
         on_progress=on_progress,
+        is_load_all=kind == "eplb",
     )
     found = run.solve(kind, engine or None)
+    by_layer = kind == "eplb"  # it looks at loads alone
+    has_names = problem.topology.is_flat and not problem.objective.cocluster
+    if problem.previous is not None and (by_layer or has_names):
+        hosts = problem.previous.hosts()
+        gpu = rename(found.gpu, found.model.expert, hosts, by_layer=by_layer)
+        found = replace(found, gpu=gpu)
     objective = found.model.objective(found.gpu)
     left = time_limit_seconds - (time.monotonic() - began)
     bound = found.bound or run.bound(found, left)
@@ -124,14 +133,20 @@ class _Run:
         seed: int,
         num_processes: int,
         on_progress: Callable[[int, int], None] | None,
+        is_load_all: bool,
     ) -> None:
         self._problem = problem
         self._control = control
         self._seed = seed
         self._num_processes = num_processes
         self._on_progress = on_progress
+        # A search only needs a start within the limit.
+        wanted = problem.balance or _EVEN_ENOUGH
         self._expert, self._fallback = replicate(
-            problem.counts.loads, problem.num_slots, problem.gpus
+            problem.counts.loads,
+            problem.num_slots,
+            problem.gpus,
+            good_enough=1.0 if is_load_all else wanted,
         )
         self._plain = CostModel.of(problem, self._expert)  # all but the cocluster term
 
@@ -171,8 +186,8 @@ class _Run:
                 counts, self._problem.gpus, self._problem.num_slots
             )
         return lower_bound(
+            self._problem,
             self._plain,
-            self._problem.topology,
             control=Control(max(seconds, 0.0)),
             num_processes=self._num_processes,
             cocluster=cocluster,
@@ -275,7 +290,17 @@ class _Run:
             starts=starts,
             on_progress=self._on_progress,
         )
+        if stopped_by is StoppedBy.CONVERGED and can_polish(model):
+            gpu = self._polished(model, gpu)
         return _Found(gpu=gpu, model=model, solver="search", stopped_by=stopped_by)
+
+    def _polished(self, model: CostModel, gpu: Array) -> Array:
+        """Windows solved as integer programmes, in a process that an interrupt may leave behind."""
+        seconds = min(self._control.remaining_seconds(), _POLISH_SECONDS)
+        if seconds <= 0:
+            return gpu
+        control = Control(seconds)
+        return run_jobs([lambda _: polish(model, gpu, control)], self._control, num_processes=1)[0]
 
     def _cocluster(self) -> tuple[CostModel, Array]:
         """The model whose unary prices come from the best groups of tokens found by turns."""

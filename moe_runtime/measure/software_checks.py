@@ -7,6 +7,7 @@ import re
 from moe_runtime import __version__
 from moe_runtime.kernels.cpu.gemv_status import gemv_status
 from moe_runtime.measure.check import Check, Status
+from moe_runtime.placement.anneal_status import anneal_status
 
 # What every model needs, with the least version (tests compare this with pyproject.toml).
 REQUIRED = {
@@ -85,12 +86,14 @@ def check_kernels() -> Check:
     facts: dict[str, object] = {
         "active": "torch",
         "one_token_bf16": one_token_bf16,
+        "placement_search": anneal_status(),
         "devices": devices,
         "threads": torch.get_num_threads(),
     }
     finding = (
         f"torch on {' and '.join(devices)}, {torch.get_num_threads()} threads; "
-        f"one-token bf16 experts on the CPU: {one_token_bf16}"
+        f"one-token bf16 experts on the CPU: {one_token_bf16}; "
+        f"placement search: {anneal_status()}"
     )
     return Check(name="kernels", status=Status.OK, finding=finding, facts=facts)
 
