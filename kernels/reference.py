@@ -21,3 +21,37 @@ def bf16_gemv_reference(w_NK: torch.Tensor, x_K: torch.Tensor, k_block: int) -> 
                 sum_N = sum_N + product_N
         total_N = total_N + sum_N
     return total_N.bfloat16()
+
+
+def unpack_reference(block: torch.Tensor, N: int, K: int) -> torch.Tensor:
+    """The bf16 weights `[N, K]` of a block of `packed_blocks.py`, one by one.
+
+    Example, a tail of three weights with low bytes 80 00 C0, codes 1 0 / 15 in nibbles (F0 + 1 and
+    0), high bytes 3F BF ... and the escape 00: codes run 1, 0 in low nibbles, then 15 in the first
+    high one, so the weights are BF80, 3F00 and 00C0: -1.0, 0.5 and a denormal.
+    """
+    raw = bytes(block.tolist())
+    high, at, found = raw[32:48], 64, []
+    row_bytes = K // 128 * 192 + K % 128 + (K % 128 + 1) // 2
+    num_groups = -(-N // -(-4096 // K))
+    escapes = iter(raw[64 + N * row_bytes + 4 * (num_groups + 1) :])
+
+    def weight(low: int, code: int) -> int:
+        return (next(escapes) if code == 15 else high[code]) << 8 | low
+
+    for _ in range(N):
+        row = [0] * K
+        for tile in range(0, K - 127, 128):
+            for p in range(128):
+                code = raw[at + 128 + p % 64] >> p // 64 * 4 & 15
+                place = p // 64 * 64 + p % 16 // 8 * 32 + p % 64 // 16 * 8 + p % 8
+                row[tile + place] = weight(raw[at + p], code)
+            at += 192
+        tail = K % 128
+        half = (tail + 1) // 2
+        for i in range(tail):
+            code = raw[at + tail + i] & 15 if i < half else raw[at + tail + i - half] >> 4
+            row[K - tail + i] = weight(raw[at + i], code)
+        at += tail + half
+        found.append([word - 65536 if word >= 32768 else word for word in row])
+    return torch.tensor(found, dtype=torch.int16).view(torch.bfloat16)

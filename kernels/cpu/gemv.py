@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from moe_runtime.kernels.cpu.gemv_status import gemv_status, open_gemv_library
+from moe_runtime.kernels.cpu.openmp import find_openmp
 
 # k experts of one call, N rows and K columns of a weight
 
@@ -15,16 +16,6 @@ _LIKELY_K_BLOCKS = (512, 1024, 256, 2048, 128, 64, 4096)
 _TRIAL_OUTPUTS = 512  # outputs whose bits depend on the order of their sum ...
 _MAX_TRIAL_INPUTS = 16  # ... but no more inputs than these for the smallest N
 _TRIAL_ROWS = 64  # distinct rows; more rows of a tall weight repeat these
-
-
-class _OpenMP(ctypes.Structure):
-    """`struct moe_openmp`: the entry points of the OpenMP runtime that torch computes with."""
-
-    _fields_ = (
-        ("parallel", ctypes.c_void_p),
-        ("thread_num", ctypes.c_void_p),
-        ("num_threads", ctypes.c_void_p),
-    )
 
 
 class _Operation(ctypes.Structure):
@@ -54,7 +45,7 @@ class CpuGemv:
         self._run = library.moe_gemv_run
         self._run.argtypes = (ctypes.c_void_p, ctypes.c_int)
         self._run.restype = None
-        self._openmp = _find_openmp()
+        self._openmp = find_openmp()
 
     @classmethod
     def load(cls) -> "CpuGemv | None":
@@ -165,21 +156,3 @@ def _checked_shape(
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and tensor.is_cpu and tensor.is_contiguous()
-
-
-def _find_openmp() -> _OpenMP | None:
-    """The runtime behind torch's threads: a second one would fight with it for the cores.
-
-    A symbol looked up in torch's extension is found in the libraries that it depends on, as its
-    own calls are.
-    """
-    try:
-        torch_library = ctypes.CDLL(torch._C.__file__)
-        return _OpenMP(
-            *(
-                ctypes.cast(getattr(torch_library, name), ctypes.c_void_p)
-                for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-            )
-        )
-    except (OSError, AttributeError):  # torch was built with another kind of threads
-        return None
