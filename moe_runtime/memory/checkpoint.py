@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moe_runtime.errors import CheckpointError
+from moe_runtime.memory.packed_folder import is_packed, open_packed
 from moe_runtime.memory.safetensors_header import FileTensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -22,9 +23,18 @@ class Checkpoint(Mapping[str, FileTensor]):
     def open(cls, folder: Path) -> "Checkpoint":
         """Read `model.safetensors.index.json` or `model.safetensors` of `folder`.
 
-        Raises CheckpointError when neither exists, a shard is absent, an index entry leaves the
-        folder or disagrees with its shard, or a header is damaged.
+        In a folder with packed experts the tensors are those of its source. Raises CheckpointError
+        when neither exists, a shard is absent, an index entry leaves the folder or disagrees with
+        its shard, a header is damaged, or a packed file is not what the folder says.
         """
+        found = cls._open(folder)
+        if not is_packed(folder):
+            return found
+        places = {name: tensor.file for name, tensor in found.items()}
+        return cls(folder, open_packed(folder, places))
+
+    @classmethod
+    def _open(cls, folder: Path) -> "Checkpoint":
         index = folder / INDEX_NAME
         if index.is_file():
             return cls(folder, _read_shards(folder, _read_index(index)))

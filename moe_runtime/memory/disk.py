@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from moe_runtime.errors import ExpertReadError
+from moe_runtime.kernels.cpu.unpack import load_codec
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.packing import ITEM_BYTES, require_intact
 from moe_runtime.memory.reader_pool import ReaderPool
-from moe_runtime.memory.tensor_map import ByteMove, Extent, StridedMove
+from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, StridedMove
 
 # One expert's reads must fill the disk's queue by themselves: with few misses in a layer nothing
 # else does. On a virtio disk, eight pieces of a 5.5 MB expert arrive in 0.9 of the time of two or
@@ -68,6 +70,7 @@ class DiskReader:
             self._close_files()
             raise
         self._chunk_bytes = chunk_bytes
+        self._codec = load_codec()
         # Every plain read borrows one of these: all memory is known now.
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(num_threads):
@@ -102,6 +105,8 @@ class DiskReader:
         for extent in extents:
             if isinstance(extent.moves[0], ByteMove):
                 jobs += self._chunk_jobs(extent, blob)
+            elif isinstance(extent.moves[0], BlockMove):
+                jobs += self._block_jobs(extent, blob)
             else:
                 jobs.append(lambda e=extent: self._read_strided(e, layout, blob))  # type: ignore[misc]
         assert jobs, "an expert without bytes"
@@ -178,6 +183,43 @@ class DiskReader:
             )
         return jobs
 
+    def _block_jobs(self, extent: Extent, blob: Blob) -> list[Callable[[], None]]:
+        """Whole blocks, as many as a chunk holds, each job a read and what becomes of them."""
+        groups: list[list[BlockMove]] = []
+        for move in extent.moves:
+            assert isinstance(move, BlockMove)
+            end = move.file_offset + move.num_bytes
+            if not groups or end - groups[-1][0].file_offset > self._chunk_bytes:
+                groups.append([])
+            groups[-1].append(move)
+        file = self._files[extent.file]
+        return [partial(self._read_blocks, file, group, blob) for group in groups]
+
+    def _read_blocks(self, file: _OpenFile, moves: list[BlockMove], blob: Blob) -> None:
+        offset = moves[0].file_offset
+        num_bytes = moves[-1].file_offset + moves[-1].num_bytes - offset
+        is_large = num_bytes > self._chunk_bytes  # a single block of very long rows
+        buffer = _aligned_buffer(num_bytes + 2 * _PAGE_BYTES) if is_large else self._buffers.get()
+        try:
+            data = torch.from_numpy(self._read(file, offset, num_bytes, buffer))
+            tasks = []
+            for move in moves:
+                first = move.file_offset - offset
+                packed = data[first : first + move.num_bytes]
+                end = move.blob_offset + move.block.num_elements * ITEM_BYTES
+                weights = None
+                if move.keeps_packed:
+                    blob[move.blob_offset : move.blob_offset + move.num_bytes] = packed.numpy()
+                else:
+                    weights = torch.from_numpy(blob[move.blob_offset : end])
+                tasks.append(move.block.task(packed, weights))
+            # Past the caches: other experts may be computing out of them.
+            status = self._codec.run(tasks, stream=True)
+            require_intact(status, [move.block for move in moves], file.path)
+        finally:
+            if not is_large:
+                self._buffers.put(buffer)
+
     def _read_plain(
         self,
         file: _OpenFile,
@@ -198,6 +240,8 @@ class DiskReader:
         file = self._files[extent.file]
         buffer = _aligned_buffer(extent.num_bytes + 2 * _PAGE_BYTES)
         data = torch.from_numpy(self._read(file, extent.offset, extent.num_bytes, buffer))
+        if extent.blocks:
+            data = self._unpacked(data, extent, file)
         views = layout.views(torch.from_numpy(blob))
         for move in extent.moves:
             assert isinstance(move, StridedMove)
@@ -210,6 +254,19 @@ class DiskReader:
             for dim, (start, length) in enumerate(zip(move.start, move.size, strict=True)):
                 target = target.narrow(dim, start, length)
             target.copy_(source.view(move.dtype).as_strided(move.size, move.stride))
+
+    def _unpacked(self, data: torch.Tensor, extent: Extent, file: _OpenFile) -> torch.Tensor:
+        """The bytes of the weights in the blocks of `extent`."""
+        num_weights = sum(block.num_elements for block in extent.blocks)
+        weights = torch.empty(num_weights * ITEM_BYTES, dtype=torch.uint8)
+        tasks, end = [], 0
+        for block in extent.blocks:
+            start, end = end, end + block.num_elements * ITEM_BYTES
+            first = block.offset - extent.offset
+            packed = data[first : first + block.num_bytes]
+            tasks.append(block.task(packed, weights[start:end]))
+        require_intact(self._codec.run(tasks), extent.blocks, file.path)
+        return weights
 
     def _read(self, file: _OpenFile, offset: int, num_bytes: int, buffer: mmap.mmap) -> Blob:
         """Exactly the wanted bytes, as a view into `buffer`. Raises ExpertReadError."""

@@ -5,7 +5,15 @@ import os
 import torch
 
 from moe_runtime.errors import CheckpointError
+from moe_runtime.kernels.cpu.unpack import load_codec
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, empty_at
+from moe_runtime.memory.packing import (
+    ITEM_BYTES,
+    PackedTensor,
+    SealedTensor,
+    require_intact,
+    seal_of,
+)
 from moe_runtime.memory.safetensors_header import FileTensor
 
 _TORCH_DTYPES = {
@@ -25,26 +33,48 @@ def read_tensor(tensor: FileTensor) -> torch.Tensor:
             f"{tensor} has a dtype that is not supported; use a bfloat16, float16 or float32 "
             "checkpoint"
         )
+    if isinstance(tensor, PackedTensor):
+        return _read_packed(tensor)
     # Where a mapped file would put it: matrix kernels see the same address modulo a cache line, and
     # sum in the same order, as in the unmodified model.
     data = empty_at(tensor.num_bytes, tensor.offset % ALIGNMENT_BYTES)
+    _read_bytes(tensor, tensor.offset, data)
+    if isinstance(tensor, SealedTensor) and seal_of(data, load_codec()) != tensor.checksum:
+        raise CheckpointError(
+            f"{tensor.file} was altered: the checksum of {tensor.name} is wrong; copy the folder "
+            "again, or pack the model again"
+        )
+    return data.view(_TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def _read_packed(tensor: PackedTensor) -> torch.Tensor:
+    """The tensor unpacked. Raises ExpertReadError when a block was altered."""
+    data = empty_at(tensor.num_bytes, tensor.offset % ALIGNMENT_BYTES)
+    codec = load_codec()
+    for block in tensor.blocks():
+        packed = torch.empty(block.num_bytes, dtype=torch.uint8)
+        _read_bytes(tensor, block.offset, packed)
+        first = block.first_element * ITEM_BYTES
+        weights = data[first : first + block.num_elements * ITEM_BYTES]
+        require_intact(codec.run([block.task(packed, weights)]), [block], tensor.file)
+    return data.view(_TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def _read_bytes(tensor: FileTensor, offset: int, data: torch.Tensor) -> None:
     try:
         with tensor.file.open("rb", buffering=0) as stream:
             window, done = memoryview(data.numpy().data), 0
-            while done < tensor.num_bytes:
-                count = os.preadv(stream.fileno(), [window[done:]], tensor.offset + done)
+            while done < len(window):
+                count = os.preadv(stream.fileno(), [window[done:]], offset + done)
                 if count == 0:
                     raise CheckpointError(
-                        f"{tensor.file} ends inside {tensor.name} at offset {tensor.offset + done}"
+                        f"{tensor.file} ends inside {tensor.name} at offset {offset + done}"
                     )
                 done += count
             # The bytes are ours now; the page cache is better spent on something else.
-            os.posix_fadvise(
-                stream.fileno(), tensor.offset, tensor.num_bytes, os.POSIX_FADV_DONTNEED
-            )
+            os.posix_fadvise(stream.fileno(), offset, len(window), os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise CheckpointError(
-            f"reading {tensor.name} from {tensor.file} at offset {tensor.offset} failed: "
+            f"reading {tensor.name} from {tensor.file} at offset {offset} failed: "
             f"{error.strerror}"
         ) from error
-    return data.view(_TORCH_DTYPES[tensor.dtype]).view(tensor.shape)

@@ -5,11 +5,13 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_runtime.errors import CheckpointError
 
 # Format: 8 bytes little-endian header length, JSON header, tensor bytes (safetensors format page).
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
+METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 DTYPE_BITS = {
@@ -42,38 +44,52 @@ def read_header(file: Path) -> dict[str, FileTensor]:
     Raises CheckpointError, naming the file and the field, when the header is missing, truncated,
     absurdly long, not JSON, or describes tensors that overlap, leave gaps or leave the file.
     """
+    return parse_header(file, *read_raw_header(file))
+
+
+def read_raw_header(file: Path) -> tuple[bytes, int]:
+    """The JSON of the header as it stands in `file`, and the bytes of the file."""
     try:
         with file.open("rb") as stream:
             file_bytes = file.stat().st_size
-            prefix = stream.read(_LENGTH_BYTES)
-            if len(prefix) < _LENGTH_BYTES:
+            prefix = stream.read(LENGTH_BYTES)
+            if len(prefix) < LENGTH_BYTES:
                 raise _damaged(file, f"it has {file_bytes} bytes, too few for a header")
             (header_bytes,) = struct.unpack("<Q", prefix)
-            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - _LENGTH_BYTES):
+            if header_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
                 raise _damaged(
                     file,
                     f"its header claims {header_bytes} bytes; the file has {file_bytes} and the "
                     f"format allows {MAX_HEADER_BYTES}",
                 )
-            raw = stream.read(header_bytes)
+            return stream.read(header_bytes), file_bytes
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist; download the checkpoint again") from None
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def parse_header(file: Path, raw: bytes, file_bytes: int) -> dict[str, FileTensor]:
+    """What `read_header` finds, from the header `raw` of a file of `file_bytes`."""
+    data_start = LENGTH_BYTES + len(raw)
+    tensors = {
+        name: _file_tensor(file, name, entry, data_start)
+        for name, entry in header_object(file, raw).items()
+        if name != METADATA
+    }
+    _check_coverage(file, list(tensors.values()), data_start, file_bytes)
+    return tensors
+
+
+def header_object(file: Path, raw: bytes) -> dict[str, Any]:
+    """The header `raw` of `file` as JSON, its metadata included. Raises CheckpointError."""
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError):
         raise _damaged(file, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(file, "its header is not a JSON object")
-    data_start = _LENGTH_BYTES + header_bytes
-    tensors = {
-        name: _file_tensor(file, name, entry, data_start)
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    _check_coverage(file, list(tensors.values()), data_start, file_bytes)
-    return tensors
+    return header
 
 
 def _file_tensor(file: Path, name: str, entry: object, data_start: int) -> FileTensor:

@@ -1,15 +1,18 @@
 """Which bytes of which files make one expert's blob."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.assembly import Assembly, Box, row_major
 from moe_runtime.memory.layout import TORCH_DTYPES, ExpertLayout, ParameterSpec
+from moe_runtime.memory.packing import ITEM_BYTES, PackedBlock, PackedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,28 @@ class StridedMove:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockMove:
+    """A packed block that goes to `blob_offset`: unpacked, or as it is if `keeps_packed`."""
+
+    file_offset: int
+    num_bytes: int
+    blob_offset: int
+    block: PackedBlock
+    keeps_packed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
-    """A run of bytes of one file, read in one piece, and the moves that it serves."""
+    """A run of bytes of one file, read in one piece, and the moves that it serves.
+
+    Strided moves out of packed `blocks` count from `offset` in the bytes that these unpack to.
+    """
 
     file: Path
     offset: int
     num_bytes: int
-    moves: tuple[ByteMove, ...] | tuple[StridedMove, ...]
+    moves: tuple[ByteMove, ...] | tuple[BlockMove, ...] | tuple[StridedMove, ...]
+    blocks: tuple[PackedBlock, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +124,44 @@ class TensorMap:
 
     def _extents(self, key: ExpertKey) -> tuple[Extent, ...]:
         layer = self.layers[key.layer]
-        byte_moves: dict[Path, list[ByteMove]] = {}
-        strided_moves: dict[Path, list[StridedMove]] = {}
+        moves = Moves()
         for spec in self.layout(key).parameters:
             for box in layer.parameters[spec.name].select(0, key.expert).boxes:
-                if _is_plain(box, spec):
-                    byte_moves.setdefault(box.source.file, []).append(_byte_move(box, spec))
+                file = box.source.file
+                blocks = packed_blocks(box, spec)
+                if blocks is not None:
+                    first = spec.offset + first_element(box, spec) * spec.dtype.itemsize
+                    for block in blocks:
+                        moves.add(file, BlockMove(block.offset, block.num_bytes, first, block, False))
+                        first += block.num_elements * spec.dtype.itemsize
+                elif isinstance(box.source, PackedTensor):
+                    moves.extents.append(_unpacked_extent(box.source, box, spec))
+                elif is_plain(box, spec):
+                    moves.add(file, byte_move(box, spec))
                 else:
-                    strided_moves.setdefault(box.source.file, []).append(_strided_move(box, spec))
-        return tuple(
-            extent
-            for by_file in (byte_moves, strided_moves)
-            for file, moves in by_file.items()
-            for extent in _coalesce(file, moves)
-        )
+                    moves.add(file, _strided_move(box, spec, box.source.offset))
+        return moves.all_extents()
 
 
-def _coalesce(file: Path, moves: Sequence[ByteMove | StridedMove]) -> list[Extent]:
-    """Moves whose bytes touch or overlap share one extent."""
-    groups: list[list[ByteMove | StridedMove]] = []
+class Moves:
+    """The moves of one expert, gathered into reads."""
+
+    def __init__(self) -> None:
+        self.extents: list[Extent] = []
+        self._by_kind: dict[tuple[type, Path], list[Any]] = {}
+
+    def add(self, file: Path, move: ByteMove | BlockMove | StridedMove) -> None:
+        self._by_kind.setdefault((type(move), file), []).append(move)
+
+    def all_extents(self) -> tuple[Extent, ...]:
+        """Moves whose bytes touch or overlap share one extent."""
+        kinds = sorted(self._by_kind.items(), key=lambda item: item[0][0] is StridedMove)
+        gathered = [extent for (_, file), moves in kinds for extent in _coalesce(file, moves)]
+        return (*gathered, *self.extents)
+
+
+def _coalesce(file: Path, moves: Sequence[Any]) -> list[Extent]:
+    groups: list[list[Any]] = []
     end = -1
     for move in sorted(moves, key=lambda m: m.file_offset):
         if move.file_offset > end:
@@ -136,13 +173,34 @@ def _coalesce(file: Path, moves: Sequence[ByteMove | StridedMove]) -> list[Exten
             file,
             group[0].file_offset,
             max(m.file_offset + m.num_bytes for m in group) - group[0].file_offset,
-            tuple(group),  # type: ignore[arg-type]  # one kind per call
+            tuple(group),
         )
         for group in groups
     ]
 
 
-def _is_plain(box: Box, spec: ParameterSpec) -> bool:
+def packed_blocks(box: Box, spec: ParameterSpec) -> tuple[PackedBlock, ...] | None:
+    """The blocks that unpack to `box` and nothing else, or None if there are none such."""
+    if not isinstance(box.source, PackedTensor) or not is_plain(box, spec):
+        return None
+    blocks = box.source.blocks_of(box.offset, math.prod(box.size))
+    unpacked = sum(block.num_elements for block in blocks)
+    if blocks[0].first_element != box.offset or unpacked != math.prod(box.size):
+        return None
+    return blocks
+
+
+def _unpacked_extent(source: PackedTensor, box: Box, spec: ParameterSpec) -> Extent:
+    """One box of elements that must be unpacked before they can be moved."""
+    blocks = source.blocks_of(box.offset, _span(box))
+    start = blocks[0].offset
+    # Such that the first element of the first block stands at the extent's offset.
+    origin = start - blocks[0].first_element * ITEM_BYTES
+    num_bytes = blocks[-1].offset + blocks[-1].num_bytes - start
+    return Extent(source.file, start, num_bytes, (_strided_move(box, spec, origin),), blocks)
+
+
+def is_plain(box: Box, spec: ParameterSpec) -> bool:
     """Whether the box is one run of bytes in the file and in the blob, of the same dtype."""
     if TORCH_DTYPES[box.source.dtype] != spec.dtype:
         return False
@@ -155,25 +213,31 @@ def _is_plain(box: Box, spec: ParameterSpec) -> bool:
     return whole_rows and dense
 
 
-def _byte_move(box: Box, spec: ParameterSpec) -> ByteMove:
-    first = sum(s * step for s, step in zip(box.start, row_major(spec.shape), strict=True))
-    count = 1
-    for length in box.size:
-        count *= length
+def first_element(box: Box, spec: ParameterSpec) -> int:
+    """Where in the parameter the first element of `box` stands."""
+    return sum(s * step for s, step in zip(box.start, row_major(spec.shape), strict=True))
+
+
+def byte_move(box: Box, spec: ParameterSpec) -> ByteMove:
     item_bytes = spec.dtype.itemsize
     return ByteMove(
         box.source.offset + box.offset * item_bytes,
-        count * item_bytes,
-        spec.offset + first * item_bytes,
+        math.prod(box.size) * item_bytes,
+        spec.offset + first_element(box, spec) * item_bytes,
     )
 
 
-def _strided_move(box: Box, spec: ParameterSpec) -> StridedMove:
+def _span(box: Box) -> int:
+    """Elements of the source from the first of `box` to its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(box.size, box.stride, strict=True))
+
+
+def _strided_move(box: Box, spec: ParameterSpec, origin: int) -> StridedMove:
+    """`origin`: where element 0 of the source stands."""
     dtype = TORCH_DTYPES[box.source.dtype]
-    span = 1 + sum((n - 1) * step for n, step in zip(box.size, box.stride, strict=True))
     return StridedMove(
-        box.source.offset + box.offset * dtype.itemsize,
-        span * dtype.itemsize,
+        origin + box.offset * dtype.itemsize,
+        _span(box) * dtype.itemsize,
         dtype,
         box.size,
         box.stride,
