@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -12,10 +13,21 @@ from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
+from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.slots import Slots
-from moe_runtime.memory.tensor_map import TensorMap
+from moe_runtime.memory.tensor_map import Extent, TensorMap
 
 Weights = dict[str, torch.Tensor]
+
+
+class BlobMap(Protocol):
+    """How experts stand in slots, and what to read for it."""
+
+    def extents(self, key: ExpertKey) -> tuple[Extent, ...]:
+        """The reads that fill a slot with `key`."""
+
+    def layout(self, key: ExpertKey) -> ExpertLayout:
+        """Where the parameters of `key` then are."""
 
 
 class ExpertEngine:
@@ -23,6 +35,7 @@ class ExpertEngine:
 
     Not shared between models. One layer runs at a time; a second thread waits its turn. `poison`
     fills a slot with NaN before it is read into, so that a race shows in the output (tests).
+    `blobs` says what slots hold, if not experts as `tensor_map` has them.
     """
 
     def __init__(
@@ -32,9 +45,11 @@ class ExpertEngine:
         policy: EvictionPolicy,
         reader: DiskReader,
         *,
+        blobs: BlobMap | None = None,
         poison: bool = False,
     ) -> None:
         self.tensor_map = tensor_map
+        self.blobs: BlobMap = tensor_map if blobs is None else blobs
         self.slots = slots
         self.cache = ExpertCache(slots.num_slots, policy)
         self.reader = reader
@@ -80,8 +95,8 @@ class ExpertEngine:
         # In the books before it starts: an interrupt must not lose sight of bytes on their way.
         load = self._loads[key] = ExpertLoad()
         self.reader.submit(
-            self.tensor_map.extents(key),
-            self.tensor_map.layout(key),
+            self.blobs.extents(key),
+            self.blobs.layout(key),
             blob,
             load,
             on_complete=lambda: self.slots.commit(slot, blob),
@@ -117,6 +132,11 @@ class LayerAccess:
         self._started: set[ExpertKey] = set()
         self._start(engine.cache.admit(keys))
 
+    @property
+    def max_together(self) -> int:
+        """Experts whose weights may be held at a time."""
+        return self._engine.slots.max_views
+
     def is_ready(self, expert: int) -> bool:
         """Whether `weights(expert)` would return at once."""
         access = self._accesses[expert]
@@ -133,7 +153,7 @@ class LayerAccess:
         if load is not None:
             load.wait()
             self._engine._loads.pop(access.key, None)
-        return self._engine.slots.views(access.slot, self._engine.tensor_map.layout(access.key))
+        return self._engine.slots.views(access.slot, self._engine.blobs.layout(access.key))
 
     def release(self, expert: int) -> None:
         """`expert` is used for this forward; its slot may be read into."""

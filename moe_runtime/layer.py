@@ -20,6 +20,10 @@ MAX_HELD_BYTES = 16 * 2**20
 class ExpertAccess(Protocol):
     """The experts that one layer uses in one forward."""
 
+    @property
+    def max_together(self) -> int:
+        """Experts whose weights may be held at a time."""
+
     def is_ready(self, expert: int) -> bool:
         """Whether `weights(expert)` would return at once."""
 
@@ -217,4 +221,4 @@ def _next_group(
         return [turn]
     if not can_join or dispatch.num_rows(ready[0]) > 1:
         return ready[:1]
-    return [i for i in ready if dispatch.num_rows(i) == 1]
+    return [i for i in ready if dispatch.num_rows(i) == 1][: access.max_together]

@@ -14,6 +14,8 @@ from moe_runtime.cli.options import (
     Dtype,
     DtypeOption,
     ExpertMemoryOption,
+    ExpertSlots,
+    ExpertSlotsOption,
     Json,
     MaxNewTokens,
     Model,
@@ -71,6 +73,7 @@ def generate(
     chat: Chat = False,
     expert_memory: ExpertMemoryOption = "auto",
     policy: PolicyOption = Policy.LRU,
+    expert_slots: ExpertSlotsOption = ExpertSlots.AUTO,
     page_cache: Annotated[
         bool,
         typer.Option(
@@ -133,6 +136,7 @@ def generate(
         ),
         expert_memory=expert_memory,
         policy=policy,
+        expert_slots=expert_slots,
         page_cache=page_cache,
         max_memory=limits,
         dtype=dtype,

@@ -58,6 +58,9 @@ def _rows(found: "Inspection") -> Iterator[tuple[str, str]]:
     )
     yield "one expert", format_bytes(found.expert_bytes)
     yield "all experts", format_bytes(found.expert_total_bytes)
+    if found.packed_expert_bytes is not None:
+        share = found.packed_expert_bytes / found.expert_total_bytes
+        yield "packed experts", f"{format_bytes(found.packed_expert_bytes)} on disk ({share:.1%})"
     dense = format_bytes(found.dense_bytes)
     if found.lookup_bytes:
         dense += f", {format_bytes(found.lookup_bytes)} of it mapped on CPU"

@@ -27,6 +27,14 @@ class Policy(StrEnum):
     LFU = "lfu"
 
 
+class ExpertSlots(StrEnum):
+    """What expert slots hold, where the checkpoint is packed."""
+
+    AUTO = "auto"
+    PACKED = "packed"
+    UNPACKED = "unpacked"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, or a hub id such as org/name.")
 ]
@@ -85,6 +93,13 @@ PolicyOption = Annotated[
     Policy,
     typer.Option(
         help="Which expert makes room: the least recently or least frequently used.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+ExpertSlotsOption = Annotated[
+    ExpertSlots,
+    typer.Option(
+        help="Whether packed experts stay so in memory; auto keeps them so where more of them fit.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

@@ -31,6 +31,7 @@ class GenerationRequest:
     decoding: Decoding
     expert_memory: str = "auto"
     policy: str = "lru"
+    expert_slots: str = "auto"
     page_cache: bool = False
     max_memory: Mapping[int | str, int | str] | None = None
     dtype: str = "auto"
@@ -188,6 +189,7 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
         resolved.folder,
         expert_memory=request.expert_memory,
         policy=request.policy,
+        expert_slots=request.expert_slots,
         page_cache=request.page_cache,
         max_memory=request.max_memory,
         device_map=request.device,

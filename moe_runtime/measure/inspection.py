@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.integrations.transformers.budget import floor_slots
+from moe_runtime.integrations.transformers.budget import slot_kinds, smallest_bytes
 from moe_runtime.integrations.transformers.kv_cache import KVCache, measure_kv_cache
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.integrations.transformers.survey import Survey, survey_checkpoint
 from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.packing import PackedTensor
 from moe_runtime.memory.tensor_map import LayerExperts
 
 
@@ -43,6 +44,7 @@ class Inspection:
     context_tokens: int | None
     num_files: int
     checkpoint_bytes: int
+    packed_expert_bytes: int | None  # on disk, where experts are packed
     expert_layout: str  # "per expert", "fused" or "mixed": how the files hold experts
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,18 +89,24 @@ def inspect_model(
         expert_total_bytes=tensor_map.num_experts * tensor_map.slot_bytes,
         dense_bytes=found.dense_bytes,
         lookup_bytes=found.lookup_bytes,
-        floor_bytes=floor_slots(found.sites) * tensor_map.slot_bytes,
+        floor_bytes=smallest_bytes(slot_kinds(tensor_map), found.sites),
         hitting_bytes=_hitting_bytes(found),
         kv_cache=measure_kv_cache(found),
         context_tokens=getattr(text_config, "max_position_embeddings", None),
         num_files=len(files),
         checkpoint_bytes=sum(file.stat().st_size for file in files),
+        packed_expert_bytes=_packed_bytes(checkpoint),
         expert_layout=_expert_layout(tensor_map.layers),
     )
 
 
 def _hitting_bytes(found: Survey) -> int:
     return sum(site.top_k for site in found.sites) * found.tensor_map.slot_bytes
+
+
+def _packed_bytes(checkpoint: Checkpoint) -> int | None:
+    packed = [tensor for tensor in checkpoint.values() if isinstance(tensor, PackedTensor)]
+    return sum(run.num_bytes for tensor in packed for run in tensor.runs) if packed else None
 
 
 def _expert_layout(layers: Sequence[LayerExperts]) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moe_runtime.memory.packing import PackedBlock
+
 # A cache line. CPU matrix kernels may sum in another order on weights that stand elsewhere in one,
 # so a weight's phase, its address modulo this, is part of what the unmodified model computes.
 ALIGNMENT_BYTES = 64
@@ -30,11 +32,42 @@ class ParameterSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockPlace:
+    """A packed block at `offset` of a packed blob; it unpacks to `target_offset` of the plain one."""
+
+    offset: int
+    target_offset: int
+    block: PackedBlock
+
+
+@dataclass(frozen=True, slots=True)
+class BytePlace:
+    """`num_bytes` at `offset` of a packed blob that are the bytes at `target_offset`."""
+
+    offset: int
+    target_offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBlob:
+    """How an expert stands in a blob that holds it packed."""
+
+    blocks: tuple[BlockPlace, ...]
+    plain: tuple[BytePlace, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertLayout:
-    """The parameters of one expert in blob order (gate|up, down, biases ...)."""
+    """The parameters of one expert in blob order (gate|up, down, biases ...).
+
+    With `packed`, a slot holds that blob, and `parameters` tell of what it unpacks to.
+    """
 
     parameters: tuple[ParameterSpec, ...]
-    num_bytes: int  # of the blob, with alignment
+    num_bytes: int  # of the plain blob, with alignment
+    packed: PackedBlob | None = None
 
     @classmethod
     def pack(

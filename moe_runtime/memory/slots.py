@@ -15,6 +15,7 @@ class Slots(Protocol):
 
     num_slots: int
     slot_bytes: int
+    max_views: int  # experts whose views are valid together
 
     def blob(self, slot: int) -> Blob:
         """Host memory to read into, before `commit`."""
@@ -23,7 +24,10 @@ class Slots(Protocol):
         """Make what was read into `blob` the content of `slot`."""
 
     def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
-        """The parameters in `slot`, by name; valid until the slot is reused."""
+        """The parameters in `slot`, by name; valid until the slot is reused.
+
+        Of more than `max_views` slots, the oldest views are overwritten.
+        """
 
     def poison(self, slot: int) -> None:
         """Fill `slot` with NaN bytes, so that using it before it is read shows."""
@@ -36,7 +40,7 @@ class HostSlots:
     """Slots in host memory: one anonymous mapping, huge pages where the kernel grants them."""
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
-        self.num_slots = num_slots
+        self.num_slots = self.max_views = num_slots
         self.slot_bytes = slot_bytes
         mapping = mmap.mmap(-1, num_slots * slot_bytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -76,7 +80,7 @@ class DeviceSlots:
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
-        self.num_slots = num_slots
+        self.num_slots = self.max_views = num_slots
         self.slot_bytes = slot_bytes
         self._memory = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
 

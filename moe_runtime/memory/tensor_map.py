@@ -1,7 +1,7 @@
 """Which bytes of which files make one expert's blob."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -101,6 +101,16 @@ class TensorMap:
         )
 
     @property
+    def is_packed(self) -> bool:
+        """Whether any expert lies packed in its file."""
+        return any(
+            isinstance(box.source, PackedTensor)
+            for layer in self.layers
+            for assembly in layer.parameters.values()
+            for box in assembly.boxes
+        )
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes of a slot that can hold any expert."""
         return max(layer.layout.num_bytes for layer in self.layers)
@@ -115,6 +125,12 @@ class TensorMap:
         """Experts of all layers together."""
         return sum(layer.num_experts for layer in self.layers)
 
+    def keys(self) -> Iterator[ExpertKey]:
+        """Every expert of every layer."""
+        for layer, experts in enumerate(self.layers):
+            for expert in range(experts.num_experts):
+                yield ExpertKey(layer, expert)
+
     def _layout(self, key: ExpertKey) -> ExpertLayout:
         """Where the parameters of `key` stand in its blob."""
         layer = self.layers[key.layer]
@@ -124,26 +140,26 @@ class TensorMap:
 
     def _extents(self, key: ExpertKey) -> tuple[Extent, ...]:
         layer = self.layers[key.layer]
-        moves = Moves()
+        moves = _Moves()
         for spec in self.layout(key).parameters:
             for box in layer.parameters[spec.name].select(0, key.expert).boxes:
                 file = box.source.file
-                blocks = packed_blocks(box, spec)
+                blocks = _packed_blocks(box, spec)
                 if blocks is not None:
-                    first = spec.offset + first_element(box, spec) * spec.dtype.itemsize
+                    first = spec.offset + _first_element(box, spec) * spec.dtype.itemsize
                     for block in blocks:
                         moves.add(file, BlockMove(block.offset, block.num_bytes, first, block, False))
                         first += block.num_elements * spec.dtype.itemsize
                 elif isinstance(box.source, PackedTensor):
                     moves.extents.append(_unpacked_extent(box.source, box, spec))
-                elif is_plain(box, spec):
-                    moves.add(file, byte_move(box, spec))
+                elif _is_plain(box, spec):
+                    moves.add(file, _byte_move(box, spec))
                 else:
                     moves.add(file, _strided_move(box, spec, box.source.offset))
         return moves.all_extents()
 
 
-class Moves:
+class _Moves:
     """The moves of one expert, gathered into reads."""
 
     def __init__(self) -> None:
@@ -179,9 +195,9 @@ def _coalesce(file: Path, moves: Sequence[Any]) -> list[Extent]:
     ]
 
 
-def packed_blocks(box: Box, spec: ParameterSpec) -> tuple[PackedBlock, ...] | None:
+def _packed_blocks(box: Box, spec: ParameterSpec) -> tuple[PackedBlock, ...] | None:
     """The blocks that unpack to `box` and nothing else, or None if there are none such."""
-    if not isinstance(box.source, PackedTensor) or not is_plain(box, spec):
+    if not isinstance(box.source, PackedTensor) or not _is_plain(box, spec):
         return None
     blocks = box.source.blocks_of(box.offset, math.prod(box.size))
     unpacked = sum(block.num_elements for block in blocks)
@@ -200,7 +216,7 @@ def _unpacked_extent(source: PackedTensor, box: Box, spec: ParameterSpec) -> Ext
     return Extent(source.file, start, num_bytes, (_strided_move(box, spec, origin),), blocks)
 
 
-def is_plain(box: Box, spec: ParameterSpec) -> bool:
+def _is_plain(box: Box, spec: ParameterSpec) -> bool:
     """Whether the box is one run of bytes in the file and in the blob, of the same dtype."""
     if TORCH_DTYPES[box.source.dtype] != spec.dtype:
         return False
@@ -213,17 +229,17 @@ def is_plain(box: Box, spec: ParameterSpec) -> bool:
     return whole_rows and dense
 
 
-def first_element(box: Box, spec: ParameterSpec) -> int:
+def _first_element(box: Box, spec: ParameterSpec) -> int:
     """Where in the parameter the first element of `box` stands."""
     return sum(s * step for s, step in zip(box.start, row_major(spec.shape), strict=True))
 
 
-def byte_move(box: Box, spec: ParameterSpec) -> ByteMove:
+def _byte_move(box: Box, spec: ParameterSpec) -> ByteMove:
     item_bytes = spec.dtype.itemsize
     return ByteMove(
         box.source.offset + box.offset * item_bytes,
         math.prod(box.size) * item_bytes,
-        spec.offset + first_element(box, spec) * item_bytes,
+        spec.offset + _first_element(box, spec) * item_bytes,
     )
 
 

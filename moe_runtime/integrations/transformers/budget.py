@@ -4,9 +4,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moe_runtime.errors import BudgetError
+from moe_runtime.errors import BudgetError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.memory.packed_map import PackedMap
 from moe_runtime.memory.tensor_map import TensorMap
 
 # Kept free under 'auto' for activations, the KV cache and the allocator's slack.
@@ -14,25 +15,84 @@ _RESERVE_BYTES = 512 * 2**20
 _RESERVE_SHARE = 0.1
 
 
+SLOT_KINDS = ("auto", "packed", "unpacked")
+
+
+@dataclass(frozen=True, slots=True)
+class SlotKind:
+    """What a slot holds: an expert as it computes, or a packed one and room for one unpacked."""
+
+    slot_bytes: int
+    packed: PackedMap | None = None
+    room_bytes: int = 0  # beside the slots
+
+    def num_slots(self, budget_bytes: int) -> int:
+        """Slots within so many bytes."""
+        return max(budget_bytes - self.room_bytes, 0) // self.slot_bytes
+
+    def bytes_of(self, num_slots: int) -> int:
+        """Memory of so many slots, and of what stands beside them."""
+        return num_slots * self.slot_bytes + self.room_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Slots for experts, and the figures they follow from."""
+    """Slots for experts, and the figures they follow from.
+
+    `expert_total_bytes` are those of all experts as they compute, packed or not.
+    """
 
     num_slots: int
-    slot_bytes: int
+    kind: SlotKind
     budget_bytes: int
     floor_bytes: int
     expert_total_bytes: int
+    num_experts: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.kind.slot_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of the slots, and of what stands beside them."""
+        return self.kind.bytes_of(self.num_slots)
 
     @property
     def holds_all(self) -> bool:
         """Whether every expert of the model has a slot."""
-        return self.num_slots * self.slot_bytes >= self.expert_total_bytes
+        return self.num_slots >= self.num_experts
 
 
 def floor_slots(sites: Sequence[ExpertSite]) -> int:
     """The fewest slots that can run one token: the experts that it uses in one layer."""
     return max(site.top_k for site in sites)
+
+
+def slot_kinds(tensor_map: TensorMap, wanted: str = "auto") -> list[SlotKind]:
+    """What slots may hold, the natural first. Raises UnsupportedModelError.
+
+    `wanted` is one of SLOT_KINDS.
+    """
+    if wanted not in SLOT_KINDS:
+        raise ValueError(f"expert_slots {wanted!r} is unknown; choose from {', '.join(SLOT_KINDS)}")
+    plain = SlotKind(tensor_map.slot_bytes)
+    packed = None if wanted == "unpacked" else PackedMap.of(tensor_map)
+    if packed is None:
+        if wanted == "packed":
+            raise UnsupportedModelError(
+                "expert_slots='packed' needs experts that are packed and computed as they are "
+                "stored; pack the model (moe-runtime pack) and load it in bfloat16 on the CPU, or "
+                "leave expert_slots out"
+            )
+        return [plain]
+    kept = SlotKind(packed.slot_bytes, packed, tensor_map.slot_bytes)
+    return [kept] if wanted == "packed" else [plain, kept]
+
+
+def smallest_bytes(kinds: Sequence[SlotKind], sites: Sequence[ExpertSite]) -> int:
+    """The least expert memory with which any of `kinds` runs one token."""
+    return min(kind.bytes_of(floor_slots(sites)) for kind in kinds)
 
 
 def plan_budget(
@@ -44,19 +104,24 @@ def plan_budget(
     available_bytes: int,
     max_memory: Mapping[int | str, int | str] | None = None,
     device: int | str = "cpu",
+    expert_slots: str = "auto",
 ) -> Budget:
     """Slots within `expert_memory`, and within `max_memory[device]` once dense weights are paid.
 
     `available_bytes` is what is free before the dense weights load. Raises BudgetError, saying the
     floor, when too little is left for the experts of one token, and when the budget exceeds what
-    is free.
+    is free. Experts that are packed on disk stay so in slots (`expert_slots`) where that makes
+    room for more of them: a read costs more time than unpacking.
     """
-    slot_bytes = tensor_map.slot_bytes
-    total_bytes = tensor_map.num_experts * slot_bytes
+    accelerated = device != "cpu"
+    kinds = slot_kinds(
+        tensor_map, "unpacked" if accelerated and expert_slots == "auto" else expert_slots
+    )
+    total_bytes = tensor_map.num_experts * tensor_map.slot_bytes
     free = available_bytes - dense_bytes
     free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)
-    floor_bytes = floor_slots(sites) * slot_bytes
+    floor_bytes = smallest_bytes(kinds, sites)
     remedy = f"expert_memory={floor_bytes}"
     _refuse_unknown_devices(max_memory or {})
     if max_memory is not None and device in max_memory:
@@ -71,7 +136,7 @@ def plan_budget(
         raise BudgetError(
             f"{format_bytes(max(budget_bytes, 0))} for experts is below the floor of "
             f"{format_bytes(floor_bytes)} ({floor_slots(sites)} experts of "
-            f"{format_bytes(slot_bytes)}, what one token uses in one layer); "
+            f"{format_bytes(kinds[0].slot_bytes)}, what one token uses in one layer); "
             f"set {remedy} or more"
         )
     if budget_bytes > available_bytes - dense_bytes:
@@ -80,16 +145,19 @@ def plan_budget(
             f"weights do not fit in the {format_bytes(available_bytes)} that are free; set "
             f"expert_memory={max(free, floor_bytes)} or less, or 'auto'"
         )
-    num_slots = min(budget_bytes // slot_bytes, tensor_map.num_experts)
+    kind = max(kinds, key=lambda k: min(k.num_slots(budget_bytes), tensor_map.num_experts))
+    num_slots = min(kind.num_slots(budget_bytes), tensor_map.num_experts)
     hitting = sum(site.top_k for site in sites)
     if num_slots < hitting:
         warnings.warn(
             f"{num_slots} expert slots are fewer than the {hitting} that one token uses over all "
-            f"layers: nearly every use reads the disk; {format_bytes(hitting * slot_bytes)} would "
-            "let the cache hit",
+            f"layers: nearly every use reads the disk; {format_bytes(kind.bytes_of(hitting))} "
+            "would let the cache hit",
             stacklevel=3,
         )
-    return Budget(num_slots, slot_bytes, budget_bytes, floor_bytes, total_bytes)
+    return Budget(
+        num_slots, kind, budget_bytes, floor_bytes, total_bytes, tensor_map.num_experts
+    )
 
 
 def _refuse_unknown_devices(max_memory: Mapping[int | str, int | str]) -> None:

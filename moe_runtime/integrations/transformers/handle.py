@@ -24,6 +24,7 @@ from moe_runtime.integrations.transformers.experts import (
     offloaded_class,
 )
 from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import ExpertMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
@@ -40,6 +41,7 @@ class Settings:
     device: str
     direct_reads: bool
     holds_all_experts: bool
+    packed_on_disk: bool
 
 
 class Handle:
@@ -127,19 +129,27 @@ class Handle:
                 "device": self.settings.device,
                 "direct_reads": self.settings.direct_reads,
                 "holds_all_experts": self.settings.holds_all_experts,
+                "packed_on_disk": self.settings.packed_on_disk,
+                "expert_slots": self._slot_kind(),
+                "unpack": unpack_status() if self.settings.packed_on_disk else None,
                 "experts": self._expert_paths(),
             },
         }
+
+    def _slot_kind(self) -> str:
+        return "unpacked" if self.budget.kind.packed is None else "packed"
 
     def placement(self) -> str:
         """One line: what lives where."""
         budget = self.budget
         where = "all" if budget.holds_all else f"{budget.num_slots}"
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
+        packed = "packed " if self.settings.packed_on_disk else ""
+        kept = f"of {self._slot_kind()} slots " if self.settings.packed_on_disk else ""
         return (
             f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
-            f"({format_bytes(budget.expert_total_bytes)}) on disk, {where} at a time in "
-            f"{format_bytes(budget.num_slots * budget.slot_bytes)} on {self._device} "
+            f"({format_bytes(budget.expert_total_bytes)}) {packed}on disk, {where} at a time in "
+            f"{format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
             + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
         )

@@ -20,7 +20,8 @@ from moe_runtime.memory.assembly import Assembly, row_major, stack
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
 from moe_runtime.memory.mapped_tensor import MappedTensor
-from moe_runtime.memory.slots import allocate_slots
+from moe_runtime.memory.packed_slots import PackedSlots
+from moe_runtime.memory.slots import Slots, allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
 POLICIES: dict[str, type[LRUPolicy] | type[LFUPolicy]] = {
@@ -109,11 +110,15 @@ def install(
     eviction = make_policy(policy)
     reader = DiskReader(tensor_map.files(), direct=direct)
     try:
-        slots = allocate_slots(budget.num_slots, budget.slot_bytes, device)
+        slots: Slots = (
+            allocate_slots(budget.num_slots, budget.slot_bytes, device)
+            if budget.kind.packed is None
+            else PackedSlots(budget.num_slots, budget.slot_bytes, tensor_map.slot_bytes)
+        )
     except BaseException:
         reader.close()
         raise
-    engine = ExpertEngine(tensor_map, slots, eviction, reader)
+    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=budget.kind.packed)
     dtype = tensor_map.layers[0].layout.parameters[0].dtype
     settings = Settings(
         policy=eviction.name,
@@ -121,6 +126,7 @@ def install(
         device=str(device),
         direct_reads=reader.is_direct,
         holds_all_experts=budget.holds_all,
+        packed_on_disk=tensor_map.is_packed,
     )
     return Handle(
         root,

@@ -47,6 +47,7 @@ def load(
     *,
     expert_memory: str | int | float = "auto",
     policy: str | EvictionPolicy = "lru",
+    expert_slots: str = "auto",
     page_cache: bool = False,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
@@ -63,7 +64,9 @@ def load(
     `model` is a folder or a hub id. `expert_memory` bounds the memory that experts take: 'auto'
     (all if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert
     bytes) or bytes. `policy` is 'lru', 'lfu', or a policy of moe_runtime.cache. Reads bypass the
-    page cache unless `page_cache`.
+    page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay so in memory
+    and be unpacked at each use: `expert_slots` is 'packed', 'unpacked', or 'auto', which keeps them
+    packed where more of them fit that way.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
@@ -87,7 +90,7 @@ def load(
     )
     _refuse_unknown(from_pretrained_kwargs, resolved.config)
     checkpoint = Checkpoint.open(resolved.folder)
-    plan = _Plan(checkpoint, memory, max_memory, device)
+    plan = _Plan(checkpoint, memory, max_memory, device, expert_slots)
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
     wants_info = from_pretrained_kwargs.pop("output_loading_info", False)
     try:
@@ -155,7 +158,9 @@ class _Plan:
         memory: ExpertMemory,
         max_memory: Mapping[int | str, int | str] | None,
         device: torch.device,
+        expert_slots: str,
     ) -> None:
+        self._expert_slots = expert_slots
         self.made: _Made | None = None
         self.mapped: dict[str, MappedTensor] = {}  # by name, as they are read
         self._shapes: dict[str, list[int]] = {}
@@ -176,6 +181,7 @@ class _Plan:
             available_bytes=_device_available(self._device),
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
+            expert_slots=self._expert_slots,
         )
         maths = prove_sites(found.sites, found.dtypes, self._device)
         for site in found.sites:

@@ -190,6 +190,7 @@ class _InMemory:
 
     def __init__(self, weights: list[Weights]) -> None:
         self._weights = weights
+        self.max_together = len(weights)
 
     def is_ready(self, expert: int) -> bool:
         return True

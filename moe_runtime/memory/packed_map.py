@@ -1,0 +1,70 @@
+"""Which bytes of which files make the blob of an expert that stays packed."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.layout import (
+    ALIGNMENT_BYTES,
+    BlockPlace,
+    BytePlace,
+    ExpertLayout,
+    PackedBlob,
+)
+from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, StridedMove, TensorMap
+
+
+class PackedMap:
+    """Extents and layouts of the experts of a TensorMap, for slots that hold them packed."""
+
+    def __init__(self, tensor_map: TensorMap) -> None:
+        self._tensor_map = tensor_map
+        self._plan = lru_cache(maxsize=None)(self._make_plan)
+        self.slot_bytes = max(map(self._blob_bytes, tensor_map.keys()))
+
+    @classmethod
+    def of(cls, tensor_map: TensorMap) -> "PackedMap | None":
+        """None where experts cannot stay packed, or would not be smaller for it.
+
+        They cannot when an element is cast, transposed or gathered on its way into the slot.
+        """
+        extents = [extent for key in tensor_map.keys() for extent in tensor_map.extents(key)]
+        if any(isinstance(extent.moves[0], StridedMove) for extent in extents):
+            return None
+        if not any(isinstance(extent.moves[0], BlockMove) for extent in extents):
+            return None
+        found = cls(tensor_map)
+        return found if found.slot_bytes < tensor_map.slot_bytes else None
+
+    def extents(self, key: ExpertKey) -> tuple[Extent, ...]:
+        """What to read, and where in the packed blob it goes."""
+        return self._plan(key)[0]
+
+    def layout(self, key: ExpertKey) -> ExpertLayout:
+        """The packed blob, and the parameters that it unpacks to; the same object every time."""
+        return self._plan(key)[1]
+
+    def _blob_bytes(self, key: ExpertKey) -> int:
+        packed = self.layout(key).packed
+        assert packed is not None
+        return packed.num_bytes
+
+    def _make_plan(self, key: ExpertKey) -> tuple[tuple[Extent, ...], ExpertLayout]:
+        extents = []
+        blocks: list[BlockPlace] = []
+        plain: list[BytePlace] = []
+        end = 0
+        for extent in self._tensor_map.extents(key):
+            moves: list[BlockMove | ByteMove] = []
+            for move in extent.moves:
+                if isinstance(move, BlockMove):
+                    blocks.append(BlockPlace(end, move.blob_offset, move.block))
+                    moves.append(replace(move, blob_offset=end, keeps_packed=True))
+                else:
+                    assert isinstance(move, ByteMove)
+                    plain.append(BytePlace(end, move.blob_offset, move.num_bytes))
+                    moves.append(replace(move, blob_offset=end))
+                end += -(-move.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            extents.append(replace(extent, moves=tuple(moves)))  # type: ignore[arg-type]  # one kind
+        packed = PackedBlob(tuple(blocks), tuple(plain), end)
+        return tuple(extents), replace(self._tensor_map.layout(key), packed=packed)
