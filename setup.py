@@ -37,9 +37,9 @@ class BuildLibraries(build_ext):
 PACKAGE_DIR = _package_dir()
 LIBRARIES = [
     Extension(
-        "moe_runtime.kernels.cpu.gemv_library",
-        ["kernels/cpu/gemv.c"],
-        depends=["setup.py"],
+        f"moe_runtime.kernels.cpu.{name}_library",
+        [f"kernels/cpu/{name}.c"],
+        depends=["setup.py", *headers],
         extra_compile_args=["-std=c11", "-O2", "-g0", "-fvisibility=hidden"],
         optional=True,  # without a compiler torch computes, and `moe-runtime doctor` says so
     ),
@@ -50,6 +50,8 @@ LIBRARIES = [
         extra_compile_args=["-std=c11", "-O3", "-g0", "-fvisibility=hidden"],
         optional=True,  # without a compiler numpy anneals, and the result says so
     ),
+    )
+    for name, headers in (("gemv", []), ("unpack", ["kernels/cpu/packed_row.h"]))
 ]
 
 setup(
@@ -63,6 +65,7 @@ setup(
         **{f"moe_runtime.{room}": ["README.md"] for room in ROOMS},
         "moe_runtime.kernels.cpu": ["*.c"],
         "moe_runtime.placement.native": ["*.c"],
+        "moe_runtime.kernels.cpu": ["*.c", "*.h"],
     },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},
     include_package_data=False,

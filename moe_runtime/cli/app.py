@@ -57,6 +57,10 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
     "generate": LazyCommand(
         "moe_runtime.cli.generate", "generate", "Continue prompts within a memory budget."
     ),
+    "pack": LazyCommand(
+        "moe_runtime.cli.pack", "pack", "Make a model's experts a quarter smaller, losslessly."
+    ),
+    "unpack": LazyCommand("moe_runtime.cli.unpack", "unpack", "Restore a packed model."),
     "doctor": LazyCommand("moe_runtime.cli.doctor", "doctor", "Check this machine."),
     "probe": LazyCommand("moe_runtime.cli.probe", "probe", "Measure this machine's rates."),
     "trace": CommandFamily(

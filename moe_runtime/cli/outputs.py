@@ -1,4 +1,4 @@
-"""Refuses a file that could not be written, before work starts that would be lost with it."""
+"""Refuses an output that could not be written, before work starts that would be lost with it."""
 
 import os
 import tempfile
@@ -24,3 +24,12 @@ def check_writable(path: Path) -> None:
         raise ValueError(
             f"output {path} cannot be written: {error.strerror}; write to another folder"
         ) from error
+
+
+def check_folder(path: Path) -> None:
+    """Raise ValueError, with the path and a remedy, unless a folder can be made there."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output {path} is a file; name a folder")
+    if path.absolute().parent == path.absolute():
+        raise ValueError(f"output {path} is the root of a disk; name a folder in it")
+    check_writable(path.absolute().parent / f".{path.absolute().name}.probe")

@@ -2,10 +2,12 @@
 
 import gc
 import statistics
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +22,8 @@ from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.parity import Parity, Reference, check_parity
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt, encode_prompts, load_tokenizer
+from moe_runtime.memory.packed_folder import is_packed
+from moe_runtime.memory.unpack_folder import unpack_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,11 +231,22 @@ def _check(
     completions: Sequence[Completion],
     report: Mapping[str, Any],
 ) -> Parity:
-    reference = Reference(
-        folder=resolved.folder,
-        dtype=request.dtype,
-        effective_dtype=report["settings"]["dtype"],
-        device=request.device,
-        trust_remote_code=request.trust_remote_code,
-    )
-    return check_parity(completions, request.decoding, reference)
+    with _reference_folder(resolved.folder) as folder:
+        reference = Reference(
+            folder=folder,
+            dtype=request.dtype,
+            effective_dtype=report["settings"]["dtype"],
+            device=request.device,
+            trust_remote_code=request.trust_remote_code,
+        )
+        return check_parity(completions, request.decoding, reference)
+
+
+@contextmanager
+def _reference_folder(folder: Path) -> Iterator[Path]:
+    """What unmodified transformers can read: a packed model is restored, for as long as needed."""
+    if not is_packed(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="moe-runtime-unpacked-") as restored:
+        yield unpack_folder(folder, Path(restored, folder.name)).folder

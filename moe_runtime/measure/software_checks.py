@@ -6,6 +6,7 @@ import re
 
 from moe_runtime import __version__
 from moe_runtime.kernels.cpu.gemv_status import gemv_status
+from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.measure.check import Check, Status
 from moe_runtime.placement.anneal_status import anneal_status
 
@@ -87,13 +88,15 @@ def check_kernels() -> Check:
         "active": "torch",
         "one_token_bf16": one_token_bf16,
         "placement_search": anneal_status(),
+        "unpack": unpack_status(),
         "devices": devices,
         "threads": torch.get_num_threads(),
     }
     finding = (
         f"torch on {' and '.join(devices)}, {torch.get_num_threads()} threads; "
         f"one-token bf16 experts on the CPU: {one_token_bf16}; "
-        f"placement search: {anneal_status()}"
+        f"placement search: {anneal_status()}; "
+        f"packed experts: {unpack_status()}"
     )
     return Check(name="kernels", status=Status.OK, finding=finding, facts=facts)
 

@@ -33,7 +33,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True, slots=True)
 class BlockPlace:
-    """A packed block at `offset` of a packed blob; it unpacks to `target_offset` of the plain one."""
+    """A block at `offset` of a packed blob, which unpacks to `target_offset` of the plain one."""
 
     offset: int
     target_offset: int

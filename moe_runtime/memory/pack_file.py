@@ -119,7 +119,7 @@ def restored_sha256(
     """The SHA-256 of the restored source of `file`, whose pieces go to `write` as well."""
     sha256 = hashlib.sha256()
     for piece in restored_pieces(file, manifest, codec):
-        sha256.update(piece)
+        sha256.update(piece.data)
         write(piece)
     return sha256.hexdigest()
 
@@ -140,7 +140,7 @@ class _Pieces:
         (data,) = _file_pieces(self._reader, self.tensor.offset + first, num_bytes, num_bytes)
         new = first + num_bytes - self._hashed_bytes
         if new > 0:
-            self._sha256.update(data[num_bytes - new :])
+            self._sha256.update(data[num_bytes - new :].data)
             self._hashed_bytes += new
             self._on_bytes(new)
         return data
@@ -161,7 +161,8 @@ def _write_packed(
             num_bytes = num_rows * num_columns * ITEM_BYTES
             weights = torch.from_numpy(pieces.read(first, num_bytes)).view(torch.int16)
             step = rows_per_block(num_rows, num_columns)
-            blocks = list(threads.map(codec.pack, weights.view(num_rows, num_columns).split(step)))
+            parts = torch.split(weights.view(num_rows, num_columns), step)
+            blocks = list(threads.map(codec.pack, parts))
             longest = max(block.numel() for block in blocks)
             run = PackedRun(num_rows, step, -(-longest // PADDING_BYTES) * PADDING_BYTES)
             written += run.num_bytes
@@ -171,7 +172,7 @@ def _write_packed(
                 padded = torch.zeros(run.block_bytes, dtype=torch.uint8)
                 padded[: block.numel()] = block
                 codec.seal(padded, identity)
-                writer.write(padded.numpy())
+                writer.write(padded.numpy().data)
                 identity = (identity + 1) % 2**64
             runs.append(run)
             first += num_bytes
@@ -215,7 +216,9 @@ def _header(
         start, end = offsets[name]
         packed = {"dtype": "U8", "shape": [end - start]} if name in runs else {}
         entries[name] = {**entry, **packed, "data_offsets": [start, end]}
-    return json.dumps({METADATA: metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
+    return json.dumps(
+        {METADATA: metadata, **entries}, separators=(",", ":"), ensure_ascii=False
+    ).encode()
 
 
 def _prefixed(header: bytes) -> bytes:

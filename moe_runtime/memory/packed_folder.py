@@ -1,6 +1,7 @@
 """What a folder with packed experts says of itself, and whether its files agree."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from moe_runtime.memory.safetensors_header import (
 MANIFEST_NAME = "packing.json"
 FORMAT = "moe_runtime.packing"
 VERSION = 1
+# What a model needs beside its weights, and what people want to find with it.
+COMPANIONS = (
+    "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 FILE_MARK = "moe_runtime.packing"  # in a file's own metadata: the fingerprint of its source
 
 
@@ -100,6 +105,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path} is damaged; copy the folder again, or pack the model again"
         ) from None
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and what else a model comes with; no weights, no manifest."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and file.name != MANIFEST_NAME:
+                shutil.copy2(file, target / file.name)
 
 
 def open_packed(folder: Path, names: Mapping[str, Path]) -> dict[str, FileTensor]:

@@ -20,7 +20,7 @@ class PackedMap:
     def __init__(self, tensor_map: TensorMap) -> None:
         self._tensor_map = tensor_map
         self._plan = lru_cache(maxsize=None)(self._make_plan)
-        self.slot_bytes = max(map(self._blob_bytes, tensor_map.keys()))
+        self.slot_bytes = max(map(self._blob_bytes, tensor_map.all_keys()))
 
     @classmethod
     def of(cls, tensor_map: TensorMap) -> "PackedMap | None":
@@ -28,7 +28,7 @@ class PackedMap:
 
         They cannot when an element is cast, transposed or gathered on its way into the slot.
         """
-        extents = [extent for key in tensor_map.keys() for extent in tensor_map.extents(key)]
+        extents = [extent for key in tensor_map.all_keys() for extent in tensor_map.extents(key)]
         if any(isinstance(extent.moves[0], StridedMove) for extent in extents):
             return None
         if not any(isinstance(extent.moves[0], BlockMove) for extent in extents):

@@ -155,4 +155,6 @@ def seal(checksums: Sequence[int], codec: BlockCodec) -> int:
 
 def seal_of(data: torch.Tensor, codec: BlockCodec) -> int:
     """The checksum of a whole tensor that is in memory: `[bytes]` uint8."""
-    return seal([codec.checksum(p) for p in data.split(SEAL_PIECE_BYTES) if p.numel()], codec)
+    return seal(
+        [codec.checksum(p) for p in torch.split(data, SEAL_PIECE_BYTES) if p.numel()], codec
+    )

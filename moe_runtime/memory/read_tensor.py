@@ -75,6 +75,5 @@ def _read_bytes(tensor: FileTensor, offset: int, data: torch.Tensor) -> None:
             os.posix_fadvise(stream.fileno(), offset, len(window), os.POSIX_FADV_DONTNEED)
     except OSError as error:
         raise CheckpointError(
-            f"reading {tensor.name} from {tensor.file} at offset {offset} failed: "
-            f"{error.strerror}"
+            f"reading {tensor.name} from {tensor.file} at offset {offset} failed: {error.strerror}"
         ) from error

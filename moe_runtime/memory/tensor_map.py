@@ -125,7 +125,7 @@ class TensorMap:
         """Experts of all layers together."""
         return sum(layer.num_experts for layer in self.layers)
 
-    def keys(self) -> Iterator[ExpertKey]:
+    def all_keys(self) -> Iterator[ExpertKey]:
         """Every expert of every layer."""
         for layer, experts in enumerate(self.layers):
             for expert in range(experts.num_experts):
@@ -148,7 +148,9 @@ class TensorMap:
                 if blocks is not None:
                     first = spec.offset + _first_element(box, spec) * spec.dtype.itemsize
                     for block in blocks:
-                        moves.add(file, BlockMove(block.offset, block.num_bytes, first, block, False))
+                        moves.add(
+                            file, BlockMove(block.offset, block.num_bytes, first, block, False)
+                        )
                         first += block.num_elements * spec.dtype.itemsize
                 elif isinstance(box.source, PackedTensor):
                     moves.extents.append(_unpacked_extent(box.source, box, spec))

@@ -155,9 +155,7 @@ def plan_budget(
             "would let the cache hit",
             stacklevel=3,
         )
-    return Budget(
-        num_slots, kind, budget_bytes, floor_bytes, total_bytes, tensor_map.num_experts
-    )
+    return Budget(num_slots, kind, budget_bytes, floor_bytes, total_bytes, tensor_map.num_experts)
 
 
 def _refuse_unknown_devices(max_memory: Mapping[int | str, int | str]) -> None:

@@ -1,12 +1,9 @@
 """Writes a model whose experts are packed: smaller in every file, the same in every bit."""
 
 import hashlib
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.integrations.transformers.resolve import resolve_model
@@ -17,19 +14,16 @@ from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.disk_space import check_disk_space
 from moe_runtime.memory.pack_file import pack_file, restored_sha256
 from moe_runtime.memory.packed_folder import (
-    MANIFEST_NAME,
     Manifest,
+    copy_companions,
     is_packed,
     read_manifest,
 )
 from moe_runtime.memory.packing import PACKED_DTYPE
+from moe_runtime.memory.packing_report import Packing
 from moe_runtime.memory.safetensors_header import FileTensor, read_raw_header
 from moe_runtime.memory.tensor_map import TensorMap
 
-# What a model needs beside its weights, and what people want to find with it.
-COMPANIONS = (
-    "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*",
-)  # fmt: skip
 # Packed weights of bf16 experts take this share, a little more than is usual.
 _EXPECTED_SHARE = 0.77
 _SAMPLES_PER_FILE = 64
@@ -37,39 +31,6 @@ _SAMPLE_BYTES = 4096
 
 OnProgress = Callable[[int, int], None]  # bytes of the source done, and in all
 Rows = dict[str, list[int]]  # tensor name -> rows of each of its runs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Packing:
-    """What `pack` or `unpack` did. `expert_*` count the tensors that are packed."""
-
-    folder: Path
-    source_bytes: int
-    packed_bytes: int
-    expert_bytes: int
-    packed_expert_bytes: int
-    num_packed: int
-    num_unpaid: int  # tensors of experts that stay as they are: packing them does not pay
-    seconds: float
-
-    @property
-    def expert_share(self) -> float:
-        """Bytes of the packed tensors, as a share of what they were."""
-        return self.packed_expert_bytes / self.expert_bytes
-
-    def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return {
-            "folder": str(self.folder),
-            "source_bytes": self.source_bytes,
-            "packed_bytes": self.packed_bytes,
-            "expert_bytes": self.expert_bytes,
-            "packed_expert_bytes": self.packed_expert_bytes,
-            "expert_share": self.expert_share,
-            "packed_tensors": self.num_packed,
-            "tensors_left_as_they_are": self.num_unpaid,
-            "seconds": self.seconds,
-        }
 
 
 def pack_model(
@@ -103,7 +64,9 @@ def pack_model(
         manifest = read_manifest(folder)
     else:
         manifest = _write(checkpoint, folder, rows, fingerprint, on_progress)
-    return _packing(folder, manifest, rows, checkpoint, time.perf_counter() - started)
+    num_unpaid = len(rows.keys() - {n for file in manifest.files.values() for n in file.runs})
+    seconds = time.perf_counter() - started
+    return Packing.of(folder, manifest, num_unpaid=num_unpaid, seconds=seconds)
 
 
 def expert_rows(tensor_map: TensorMap) -> Rows:
@@ -174,7 +137,7 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
 
 
 def _is_done(folder: Path, fingerprint: str) -> bool:
-    """Whether `folder` holds the finished packing. Raises ValueError when it holds anything else."""
+    """Whether `folder` holds the finished packing. ValueError when it holds anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if is_packed(folder) and read_manifest(folder).fingerprint == fingerprint:
@@ -244,27 +207,3 @@ def _begun(partial: Path, fingerprint: str) -> Manifest:
             f"{begun.fingerprint[:12]}, not {fingerprint[:12]}); remove it, or name another folder"
         )
     return begun
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and what else a model comes with; no weights."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file() and file.name != MANIFEST_NAME:
-                shutil.copy2(file, target / file.name)
-
-
-def _packing(
-    folder: Path, manifest: Manifest, rows: Mapping[str, object], source: Checkpoint, seconds: float
-) -> Packing:
-    packed = {name: runs for file in manifest.files.values() for name, runs in file.runs.items()}
-    return Packing(
-        folder=folder,
-        source_bytes=sum(file.source_bytes for file in manifest.files.values()),
-        packed_bytes=sum(file.num_bytes for file in manifest.files.values()),
-        expert_bytes=sum(source[name].num_bytes for name in packed),
-        packed_expert_bytes=sum(run.num_bytes for runs in packed.values() for run in runs),
-        num_packed=len(packed),
-        num_unpaid=len(rows.keys() - packed.keys()),
-        seconds=seconds,
-    )
