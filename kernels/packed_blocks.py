@@ -110,8 +110,7 @@ class TorchCodec:
         code_NK = codes[high_NK.long()]
         is_escape_NK = code_NK == ESCAPE
         escapes = high_NK[is_escape_NK]
-        before_N = is_escape_NK.sum(1).cumsum(0) - is_escape_NK.sum(1)
-        starts = [*before_N[:: group_rows(K)].tolist(), len(escapes)]
+        starts = _starts(is_escape_NK)
         table = torch.zeros(16, dtype=torch.uint8)
         table[: len(frequent)] = frequent.to(torch.uint8)
         header = _HEADER.pack(0, 0, _MAGIC, N, K, len(escapes), bytes(table.tolist()))
@@ -172,12 +171,20 @@ class TorchCodec:
         high_NK = _bytes(table)[code_NK.long()]
         is_escape_NK = code_NK == ESCAPE
         escapes = block[first : first + num_escapes]
-        if int(is_escape_NK.sum()) != num_escapes or len(escapes) != num_escapes:
+        index = struct.unpack(f"<{index_entries(N, K)}I", bytes(block[end:first].tolist()))
+        if list(index) != _starts(is_escape_NK) or not index[-1] == num_escapes == len(escapes):
             return ALTERED
         high_NK[is_escape_NK] = escapes
         both_NK2 = torch.stack([_from_places(low_NK), _from_places(high_NK)], 2)
         task.weights.view(-1).view(torch.uint8).copy_(both_NK2.view(-1))
         return INTACT
+
+
+def _starts(is_escape_NK: torch.Tensor) -> list[int]:
+    """The escape index: escapes before each group of rows, and all."""
+    counts_N = is_escape_NK.sum(1)
+    before_N = counts_N.cumsum(0) - counts_N
+    return [*before_N[:: group_rows(is_escape_NK.shape[1])].tolist(), int(counts_N.sum())]
 
 
 def _to_places(bytes_NK: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,7 @@ class RandomArrival:
     """Experts that become ready in random order; counts and checks what is asked of it."""
 
     def __init__(self, weights: list[Weights], rng: random.Random) -> None:
+        self.max_together = len(weights)
         self.order: list[int] = []
         self._weights = weights
         self._rng = rng

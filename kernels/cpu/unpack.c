@@ -245,6 +245,9 @@ static int64_t unpack_block(const struct moe_block *op, int64_t level, int64_t s
     const uint8_t *const starts = rows + op->num_rows * row_bytes;
     const uint8_t *const first = starts + num_starts * (int64_t)sizeof(uint32_t);
     if (first + head.num_escapes > op->block + op->block_bytes) return ALTERED;
+    uint32_t total;
+    memcpy(&total, first - sizeof total, sizeof total);
+    if (total != head.num_escapes) return ALTERED;
     if (!op->weights) return INTACT;
     void (*const row)(const uint8_t *, int64_t, const uint8_t *, struct moe_escapes *, uint16_t *,
                       int64_t) = level == AVX512 ? row_512 : level == AVX2 ? row_256 : row_plain;

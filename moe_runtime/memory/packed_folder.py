@@ -128,9 +128,8 @@ def open_packed(folder: Path, names: Mapping[str, Path]) -> dict[str, FileTensor
     found: dict[str, FileTensor] = {}
     for file, tensors in by_file.items():
         whole = packed_tensors(file, manifest)
-        for name in tensors:
-            found[name] = whole[name]
-    return found
+        found |= {name: whole[name] for name in tensors}
+    return {name: found[name] for name in names}
 
 
 def packed_tensors(file: Path, manifest: Manifest) -> dict[str, FileTensor]:
