@@ -76,6 +76,7 @@ static inline void moe_tail_plain(const uint8_t *tail, int num, const uint8_t hi
 
 #include <immintrin.h>
 
+#define MOE_UNROLL _Pragma("GCC unroll 8")
 #define MOE_AVX2 __attribute__((target("avx2")))
 #define MOE_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl")))
 
@@ -85,30 +86,32 @@ static __attribute__((noinline)) void moe_patch(uint8_t *high, uint64_t mask,
     for (; mask; mask &= mask - 1) high[__builtin_ctzll(mask)] = moe_next_escape(escapes);
 }
 
-static inline __attribute__((always_inline)) MOE_AVX512 __m512i
-moe_high_512(__m512i codes, __m512i high, struct moe_escapes *escapes) {
-    const __mmask64 mask = _mm512_cmpeq_epi8_mask(codes, _mm512_set1_epi8(MOE_ESCAPE));
-    __m512i bytes = _mm512_shuffle_epi8(high, codes);
-    if (__builtin_expect(mask != 0, 0)) {
-        uint8_t room[64];
-        _mm512_storeu_si512(room, bytes);
-        moe_patch(room, mask, escapes);
-        bytes = _mm512_loadu_si512(room);
-    }
-    return bytes;
+static __attribute__((noinline)) MOE_AVX512 __m512i
+moe_patch_512(__m512i high, uint64_t mask, struct moe_escapes *escapes) {
+    uint8_t room[64];
+    _mm512_storeu_si512(room, high);
+    moe_patch(room, mask, escapes);
+    return _mm512_loadu_si512(room);
 }
 
 /* Weights 32 i .. 32 i + 31 of a tile into w[i]; `high` holds the table in each quarter. */
 static inline __attribute__((always_inline)) MOE_AVX512 void
 moe_tile_512(const uint8_t *tile, __m512i high, struct moe_escapes *escapes, __m512i w[4]) {
     const __m512i nibble = _mm512_set1_epi8(15), codes = _mm512_loadu_si512(tile + 128);
-    for (int i = 0; i < 2; i++) {
-        const __m512i low = _mm512_loadu_si512(tile + 64 * i);
-        const __m512i c = _mm512_and_si512(i ? _mm512_srli_epi16(codes, 4) : codes, nibble);
-        const __m512i h = moe_high_512(c, high, escapes);
-        w[2 * i] = _mm512_unpacklo_epi8(low, h);
-        w[2 * i + 1] = _mm512_unpackhi_epi8(low, h);
+    const __m512i c0 = _mm512_and_si512(codes, nibble);
+    const __m512i c1 = _mm512_and_si512(_mm512_srli_epi16(codes, 4), nibble);
+    const __mmask64 mask0 = _mm512_cmpeq_epi8_mask(c0, nibble);
+    const __mmask64 mask1 = _mm512_cmpeq_epi8_mask(c1, nibble);
+    __m512i h0 = _mm512_shuffle_epi8(high, c0), h1 = _mm512_shuffle_epi8(high, c1);
+    if (__builtin_expect((mask0 | mask1) != 0, 0)) {
+        h0 = moe_patch_512(h0, mask0, escapes);
+        h1 = moe_patch_512(h1, mask1, escapes);
     }
+    const __m512i low0 = _mm512_loadu_si512(tile), low1 = _mm512_loadu_si512(tile + 64);
+    w[0] = _mm512_unpacklo_epi8(low0, h0);
+    w[1] = _mm512_unpackhi_epi8(low0, h0);
+    w[2] = _mm512_unpacklo_epi8(low1, h1);
+    w[3] = _mm512_unpackhi_epi8(low1, h1);
 }
 
 static inline MOE_AVX512 __mmask64 moe_first_512(int num) {
@@ -119,7 +122,9 @@ static inline MOE_AVX512 __mmask64 moe_first_512(int num) {
 static inline MOE_AVX512 void moe_half_tail_512(__m512i low, __m512i codes, int num, __m512i high,
                                                 struct moe_escapes *escapes, uint16_t *w) {
     const __m512i c = _mm512_maskz_mov_epi8(moe_first_512(num), codes);
-    const __m512i h = moe_high_512(c, high, escapes);
+    const __mmask64 escaped = _mm512_cmpeq_epi8_mask(c, _mm512_set1_epi8(MOE_ESCAPE));
+    __m512i h = _mm512_shuffle_epi8(high, c);
+    if (__builtin_expect(escaped != 0, 0)) h = moe_patch_512(h, escaped, escapes);
     const __mmask64 mask = moe_first_512(num);
     const __m512i first = _mm512_or_si512(
         _mm512_cvtepu8_epi16(_mm512_castsi512_si256(low)),
@@ -148,7 +153,7 @@ static inline MOE_AVX512 void moe_tail_512(const uint8_t *tail, int num, __m512i
 static inline __attribute__((always_inline)) MOE_AVX2 void
 moe_tile_256(const uint8_t *tile, __m256i high, struct moe_escapes *escapes, __m256i w[8]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    for (int i = 0; i < 4; i++) {
+    MOE_UNROLL for (int i = 0; i < 4; i++) {
         const __m256i low = _mm256_loadu_si256((const __m256i *)(tile + 32 * i));
         const __m256i codes = _mm256_loadu_si256((const __m256i *)(tile + 128 + i % 2 * 32));
         const __m256i c = _mm256_and_si256(i < 2 ? codes : _mm256_srli_epi16(codes, 4), nibble);

@@ -134,9 +134,10 @@ MOE_AVX512 static void row_512(const uint8_t *packed, int64_t num_columns, const
         __m512i tile[4];
         moe_tile_512(packed, table, escapes, tile);
         if (stream)
-            for (int i = 0; i < 4; i++) _mm512_stream_si512((__m512i *)(w + 32 * i), tile[i]);
+            MOE_UNROLL for (int i = 0; i < 4; i++)
+                _mm512_stream_si512((__m512i *)(w + 32 * i), tile[i]);
         else
-            for (int i = 0; i < 4; i++) _mm512_storeu_si512(w + 32 * i, tile[i]);
+            MOE_UNROLL for (int i = 0; i < 4; i++) _mm512_storeu_si512(w + 32 * i, tile[i]);
         packed += MOE_TILE_BYTES;
         w += MOE_TILE;
     }
@@ -150,9 +151,11 @@ MOE_AVX2 static void row_256(const uint8_t *packed, int64_t num_columns, const u
         __m256i tile[8];
         moe_tile_256(packed, table, escapes, tile);
         if (stream)
-            for (int i = 0; i < 8; i++) _mm256_stream_si256((__m256i *)(w + 16 * i), tile[i]);
+            MOE_UNROLL for (int i = 0; i < 8; i++)
+                _mm256_stream_si256((__m256i *)(w + 16 * i), tile[i]);
         else
-            for (int i = 0; i < 8; i++) _mm256_storeu_si256((__m256i *)(w + 16 * i), tile[i]);
+            MOE_UNROLL for (int i = 0; i < 8; i++)
+                _mm256_storeu_si256((__m256i *)(w + 16 * i), tile[i]);
         packed += MOE_TILE_BYTES;
         w += MOE_TILE;
     }
