@@ -1,6 +1,7 @@
 """Laws of a layer: rows and sums in the reference's order, whatever arrives first."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional
 
 from moe_runtime import layer
 from moe_runtime.engine import Weights
-from moe_runtime.layer import Accumulator, Dispatch, run_experts
+from moe_runtime.layer import Accumulator, Dispatch, ExpertMath, RowKernel, run_experts
 from tests.honest_experts import honest_forward, parameter_shapes, random_math, random_routing
 
 # T tokens, K top-k, E experts, D model dim, R = T * K rows
@@ -128,3 +129,51 @@ def test_accumulator_dtypes() -> None:
         Accumulator.ROUTER: torch.float16,
         Accumulator.FLOAT32: torch.float32,
     }
+
+
+@pytest.mark.parametrize("max_together", [1, 2, 8])
+def test_no_more_experts_are_held_than_have_room(max_together: int) -> None:
+    """Law: experts unpacked into little room go in groups that fit it, with equal bits."""
+    rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+
+    def product(weights: Sequence[torch.Tensor], x_kK: torch.Tensor) -> torch.Tensor:
+        rows_kK = x_kK.expand(len(weights), -1)
+        return torch.stack([functional.linear(x, w) for x, w in zip(rows_kK, weights, strict=True)])
+
+    math = ExpertMath(
+        up_name="up_proj", has_bias=False, is_transposed=False, apply_gate=torch.relu,
+        post_norm=None, accumulator=Accumulator.HIDDEN,
+        row_kernel=RowKernel(product, product, torch.get_num_threads()),
+    )  # fmt: skip
+    weights = [
+        {n: torch.randn(s, generator=generator) for n, s in parameter_shapes(math, 8, 8).items()}
+        for _ in range(8)
+    ]
+    hidden_TD = torch.randn(1, 8, generator=generator)
+    index_TK = torch.randperm(8, generator=generator).unsqueeze(0)
+    scores_TK = torch.rand(1, 8, generator=generator)
+    dispatch = Dispatch.of(index_TK, scores_TK, 8)
+    access = LittleRoom(weights, rng)
+    access.max_together = max_together
+    found = run_experts(math, hidden_TD, dispatch, access)
+    assert torch.equal(found, honest_forward(math, weights, hidden_TD, index_TK, scores_TK))
+    assert access.most_held == max_together
+
+
+class LittleRoom(RandomArrival):
+    """Experts that are all ready; counts how many are held at a time."""
+
+    def __init__(self, weights: list[Weights], rng: random.Random) -> None:
+        super().__init__(weights, rng)
+        self.most_held = 0
+
+    def is_ready(self, expert: int) -> bool:
+        return True
+
+    def weights(self, expert: int) -> Weights:
+        found = super().weights(expert)
+        self.most_held = max(self.most_held, len(self.order) - len(self._released))
+        return found
+
+    def release(self, expert: int) -> None:
+        self._released.add(expert)

@@ -28,10 +28,10 @@ class PackedMap:
 
         They cannot when an element is cast, transposed or gathered on its way into the slot.
         """
+        if not tensor_map.is_packed:
+            return None
         extents = [extent for key in tensor_map.all_keys() for extent in tensor_map.extents(key)]
         if any(isinstance(extent.moves[0], StridedMove) for extent in extents):
-            return None
-        if not any(isinstance(extent.moves[0], BlockMove) for extent in extents):
             return None
         found = cls(tensor_map)
         return found if found.slot_bytes < tensor_map.slot_bytes else None

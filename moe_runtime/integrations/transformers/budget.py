@@ -69,15 +69,18 @@ def floor_slots(sites: Sequence[ExpertSite]) -> int:
     return max(site.top_k for site in sites)
 
 
-def slot_kinds(tensor_map: TensorMap, wanted: str = "auto") -> list[SlotKind]:
+def slot_kinds(
+    tensor_map: TensorMap, wanted: str = "auto", device: int | str = "cpu"
+) -> list[SlotKind]:
     """What slots may hold, the natural first. Raises UnsupportedModelError.
 
-    `wanted` is one of SLOT_KINDS.
+    `wanted` is one of SLOT_KINDS. Experts stay packed in host memory alone.
     """
     if wanted not in SLOT_KINDS:
         raise ValueError(f"expert_slots {wanted!r} is unknown; choose from {', '.join(SLOT_KINDS)}")
     plain = SlotKind(tensor_map.slot_bytes)
-    packed = None if wanted == "unpacked" else PackedMap.of(tensor_map)
+    may_keep = wanted != "unpacked" and device == "cpu"
+    packed = PackedMap.of(tensor_map) if may_keep else None
     if packed is None:
         if wanted == "packed":
             raise UnsupportedModelError(
@@ -113,10 +116,7 @@ def plan_budget(
     is free. Experts that are packed on disk stay so in slots (`expert_slots`) where that makes
     room for more of them: a read costs more time than unpacking.
     """
-    accelerated = device != "cpu"
-    kinds = slot_kinds(
-        tensor_map, "unpacked" if accelerated and expert_slots == "auto" else expert_slots
-    )
+    kinds = slot_kinds(tensor_map, expert_slots, device)
     total_bytes = tensor_map.num_experts * tensor_map.slot_bytes
     free = available_bytes - dense_bytes
     free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
