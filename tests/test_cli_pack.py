@@ -49,7 +49,7 @@ def test_generate_checks_against_the_unpacked_model(
     found = json.loads(outcome.out)
     assert found["parity"]["identical"], outcome.err
     assert found["settings"]["packed_on_disk"]
-    assert found["settings"]["expert_slots"] == ("unpacked" if slots == "unpacked" else "packed")
+    assert found["settings"]["expert_slots"] == ("packed" if slots == "packed" else "unpacked")
     assert found["settings"]["unpack"]
 
 

@@ -99,7 +99,8 @@ PolicyOption = Annotated[
 ExpertSlotsOption = Annotated[
     ExpertSlots,
     typer.Option(
-        help="Whether packed experts stay so in memory; auto keeps them so where more of them fit.",
+        help="Whether packed experts stay so in memory, where a third more fit, and are unpacked "
+        "at each use; auto keeps them packed only where they do not fit otherwise.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

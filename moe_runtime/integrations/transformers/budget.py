@@ -113,8 +113,8 @@ def plan_budget(
 
     `available_bytes` is what is free before the dense weights load. Raises BudgetError, saying the
     floor, when too little is left for the experts of one token, and when the budget exceeds what
-    is free. Experts that are packed on disk stay so in slots (`expert_slots`) where that makes
-    room for more of them: a read costs more time than unpacking.
+    is free. Under 'auto', packed experts are unpacked into slots unless only packed ones fit: on a
+    disk of 1.1 GB/s, unpacking at each use costs as much time as the additional hits save.
     """
     kinds = slot_kinds(tensor_map, expert_slots, device)
     total_bytes = tensor_map.num_experts * tensor_map.slot_bytes
@@ -145,7 +145,7 @@ def plan_budget(
             f"weights do not fit in the {format_bytes(available_bytes)} that are free; set "
             f"expert_memory={max(free, floor_bytes)} or less, or 'auto'"
         )
-    kind = max(kinds, key=lambda k: min(k.num_slots(budget_bytes), tensor_map.num_experts))
+    kind = next(k for k in kinds if k.num_slots(budget_bytes) >= floor_slots(sites))
     num_slots = min(kind.num_slots(budget_bytes), tensor_map.num_experts)
     hitting = sum(site.top_k for site in sites)
     if num_slots < hitting:

@@ -64,9 +64,9 @@ def load(
     `model` is a folder or a hub id. `expert_memory` bounds the memory that experts take: 'auto'
     (all if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert
     bytes) or bytes. `policy` is 'lru', 'lfu', or a policy of moe_runtime.cache. Reads bypass the
-    page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay so in memory
-    and be unpacked at each use: `expert_slots` is 'packed', 'unpacked', or 'auto', which keeps them
-    packed where more of them fit that way.
+    page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay so in
+    memory, where a third more of them fit, and be unpacked at each use: `expert_slots` is
+    'packed', 'unpacked', or 'auto', which is 'unpacked' unless only packed ones fit.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
