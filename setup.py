@@ -1,5 +1,7 @@
 """The rooms stand at the top of the repository and are installed under one roof, `moe_runtime`."""
 
+from glob import glob
+
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
@@ -35,23 +37,23 @@ class BuildLibraries(build_ext):
 
 
 PACKAGE_DIR = _package_dir()
+COMPILE = ["-std=c11", "-g0", "-fvisibility=hidden"]
+# Room, folder in it, name, level: what loops over elements becomes vectors at -O3 only.
+C_SOURCES = (
+    ("kernels", "cpu", "gemv", "-O2"),
+    ("kernels", "cpu", "experts", "-O3"),
+    ("kernels", "cpu", "unpack", "-O2"),
+    ("placement", "native", "anneal", "-O3"),
+)
 LIBRARIES = [
     Extension(
-        f"moe_runtime.kernels.cpu.{name}_library",
-        [f"kernels/cpu/{name}.c"],
-        depends=["setup.py", *headers],
-        extra_compile_args=["-std=c11", "-O2", "-g0", "-fvisibility=hidden"],
-        optional=True,  # without a compiler torch computes, and `moe-runtime doctor` says so
-    ),
-    Extension(
-        "moe_runtime.placement.native.anneal_library",
-        ["placement/native/anneal.c"],
-        depends=["setup.py"],
-        extra_compile_args=["-std=c11", "-O3", "-g0", "-fvisibility=hidden"],
-        optional=True,  # without a compiler numpy anneals, and the result says so
-    ),
+        f"moe_runtime.{room}.{folder}.{name}_library",
+        [f"{room}/{folder}/{name}.c"],
+        depends=["setup.py", *sorted(glob(f"{room}/{folder}/*.h"))],
+        extra_compile_args=[*COMPILE, level],
+        optional=True,  # without a compiler torch or numpy computes, and `doctor` says so
     )
-    for name, headers in (("gemv", []), ("unpack", ["kernels/cpu/packed_row.h"]))
+    for room, folder, name, level in C_SOURCES
 ]
 
 setup(
@@ -63,9 +65,7 @@ setup(
         "moe_runtime": ["py.typed", "demo/**/*"],
         "moe_runtime.configs": ["**/*"],
         **{f"moe_runtime.{room}": ["README.md"] for room in ROOMS},
-        "moe_runtime.kernels.cpu": ["*.c"],
-        "moe_runtime.placement.native": ["*.c"],
-        "moe_runtime.kernels.cpu": ["*.c", "*.h"],
+        **{f"moe_runtime.{room}.{folder}": ["*.c", "*.h"] for room, folder, _, _ in C_SOURCES},
     },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},
     include_package_data=False,
