@@ -1,6 +1,6 @@
 """The rooms stand at the top of the repository and are installed under one roof, `moe_runtime`."""
 
-from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -49,7 +49,7 @@ LIBRARIES = [
     Extension(
         f"moe_runtime.{room}.{folder}.{name}_library",
         [f"{room}/{folder}/{name}.c"],
-        depends=["setup.py", *sorted(glob(f"{room}/{folder}/*.h"))],
+        depends=["setup.py", *map(str, sorted(Path(room, folder).glob("*.h")))],
         extra_compile_args=[*COMPILE, level],
         optional=True,  # without a compiler torch or numpy computes, and `doctor` says so
     )

@@ -1,8 +1,11 @@
 """Plain loops that say what each kernel computes: the truth of the tests."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 # N rows and K columns of a weight
+# T tokens, D model dim, F ffn dim, U rows of an up matrix, R rows: (token, expert) pairs by expert
 
 
 def bf16_gemv_reference(w_NK: torch.Tensor, x_K: torch.Tensor, k_block: int) -> torch.Tensor:
@@ -55,3 +58,27 @@ def unpack_reference(block: torch.Tensor, N: int, K: int) -> torch.Tensor:
         at += tail + half
         found.append([word - 65536 if word >= 32768 else word for word in row])
     return torch.tensor(found, dtype=torch.int16).view(torch.bfloat16)
+
+
+def experts_reference(
+    x_TD: torch.Tensor,
+    up: Sequence[torch.Tensor],
+    down: Sequence[torch.Tensor],
+    rows: Sequence[tuple[int, int]],
+    token_R: torch.Tensor,
+    weight_R: torch.Tensor,
+    gate: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`[T, D]` float64: each token's experts, weighted and added up, with nothing rounded.
+
+    Expert e has `up[e] [U, D]`, `down[e] [D, F]` and the rows `rows[e]` (begin, end); `gate` maps
+    `[U]` to `[F]`. Example with one expert of U = F = 1, up 3, down 2, gate relu, weight 0.5: x = 4
+    gives 0.5 * 2 * relu(3 * 4) = 12.
+    """
+    out_TD = torch.zeros(x_TD.shape, dtype=torch.float64)
+    for w_up, w_down, (begin, end) in zip(up, down, rows, strict=True):
+        for row in range(begin, end):
+            token = int(token_R[row])
+            h_F = gate(w_up.double() @ x_TD[token].double())
+            out_TD[token] += float(weight_R[row]) * (w_down.double() @ h_F)
+    return out_TD

@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from moe_runtime.errors import MoERuntimeError as MoERuntimeError
     from moe_runtime.integrations.transformers.handle import Handle as Handle
     from moe_runtime.integrations.transformers.handle import handle as handle
+    from moe_runtime.integrations.transformers.linears import speed_up_linears as speed_up_linears
     from moe_runtime.integrations.transformers.load import load as load
     from moe_runtime.integrations.transformers.offload import offload as offload
+    from moe_runtime.integrations.transformers.register import register as register
 
 __version__ = "0.1.0"
 
@@ -19,9 +21,20 @@ _OWNERS = {
     "handle": "moe_runtime.integrations.transformers.handle",
     "load": "moe_runtime.integrations.transformers.load",
     "offload": "moe_runtime.integrations.transformers.offload",
+    "register": "moe_runtime.integrations.transformers.register",
+    "speed_up_linears": "moe_runtime.integrations.transformers.linears",
 }
 
-__all__ = ["Handle", "MoERuntimeError", "__version__", "handle", "load", "offload"]
+__all__ = [
+    "Handle",
+    "MoERuntimeError",
+    "__version__",
+    "handle",
+    "load",
+    "offload",
+    "register",
+    "speed_up_linears",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,18 @@ class ExpertAccess(Protocol):
         """`expert` is used and will not be asked for again."""
 
 
+class LayerMath(Protocol):
+    """What computes one layer's experts; `path` names it in reports."""
+
+    @property
+    def path(self) -> str: ...
+
+    def run(
+        self, hidden_TD: torch.Tensor, dispatch: "Dispatch", access: ExpertAccess
+    ) -> torch.Tensor:
+        """Sum of weighted expert outputs, `[T, D]` in the dtype of `hidden_TD`."""
+
+
 class Accumulator(Enum):
     """The dtype in which the reference adds up the experts of a token."""
 
@@ -79,11 +91,25 @@ class ExpertMath:
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None
     accumulator: Accumulator
     row_kernel: RowKernel | None = None
+    reason: str = ""  # why no kernel computes this, for reports
 
     def __call__(self, x_nD: torch.Tensor, weights: Weights) -> torch.Tensor:
         h = self.apply_gate(self._project(x_nD, weights, self.up_name))
         y_nD = self._project(h, weights, "down_proj")
         return y_nD if self.post_norm is None else self.post_norm(y_nD)
+
+    @property
+    def path(self) -> str:
+        """What computes, as reports name it."""
+        if self.row_kernel is not None:
+            return "avx512-bf16 gemv for single rows, torch"
+        return f"torch ({self.reason})" if self.reason else "torch"
+
+    def run(
+        self, hidden_TD: torch.Tensor, dispatch: "Dispatch", access: ExpertAccess
+    ) -> torch.Tensor:
+        """`run_experts` with this."""
+        return run_experts(self, hidden_TD, dispatch, access)
 
     def rows(
         self, kernel: RowKernel, x_kD: torch.Tensor, weights: Sequence[Weights]

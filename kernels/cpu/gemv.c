@@ -11,17 +11,12 @@
  */
 #include <stdint.h>
 
+#include "openmp.h"
+
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raised whenever a signature or a struct below changes; gemv.py holds the same number. */
-enum { INTERFACE = 1 };
-
-/* Entry points of the OpenMP runtime that torch has loaded. */
-struct moe_openmp {
-    void (*parallel)(void (*body)(void *), void *argument, unsigned num_threads, unsigned flags);
-    int (*thread_num)(void);
-    int (*num_threads)(void);
-};
+enum { INTERFACE = 2 };
 
 /* Expert e computes y[e, 0..num_rows) = weights[e] (row-major [num_rows, num_columns]) times
  * x + e * x_stride. Strides and sizes count elements. */

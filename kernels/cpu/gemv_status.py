@@ -4,7 +4,7 @@ import ctypes
 from pathlib import Path
 
 _LIBRARY = "gemv_library.so"  # setup.py builds gemv.c under this name
-_INTERFACE = 1  # the number in gemv.c that changes with a signature or a struct
+_INTERFACE = 2  # the number in gemv.c that changes with a signature or a struct
 
 ACTIVE = "avx512-bf16 gemv"
 NOT_BUILT = "torch (no compiled library: pip install -e . with a C compiler)"

@@ -4,19 +4,13 @@
  * processor has them, plain C elsewhere, with equal bytes. docs/formats.md has the layout; every
  * field of a block is little-endian, and so is whoever runs this (checked by moe_unpack_levels).
  */
+#include "openmp.h"
 #include "packed_row.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raised whenever a signature or a struct below changes; unpack_status.py holds the same number. */
-enum { INTERFACE = 1 };
-
-/* Entry points of the OpenMP runtime that torch has loaded. */
-struct moe_openmp {
-    void (*parallel)(void (*body)(void *), void *argument, unsigned num_threads, unsigned flags);
-    int (*thread_num)(void);
-    int (*num_threads)(void);
-};
+enum { INTERFACE = 2 };
 
 struct header {
     uint64_t checksum; /* of the whole block with this field zero */

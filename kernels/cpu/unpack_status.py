@@ -4,7 +4,7 @@ import ctypes
 from pathlib import Path
 
 _LIBRARY = "unpack_library.so"  # setup.py builds unpack.c under this name
-_INTERFACE = 1  # the number in unpack.c that changes with a signature or a struct
+_INTERFACE = 2  # the number in unpack.c that changes with a signature or a struct
 
 LEVELS = ("c", "avx2", "avx512")  # by the number that unpack.c gives them
 NOT_BUILT = "torch (no compiled library: pip install -e . with a C compiler)"

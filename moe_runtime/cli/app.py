@@ -113,6 +113,9 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
             "offload": LazyCommand(
                 "moe_runtime.cli.bench_offload", "offload", "Decode with experts on disk."
             ),
+            "kernels": LazyCommand(
+                "moe_runtime.cli.bench_kernels", "kernels", "Compute experts in memory."
+            ),
         },
     ),
 }

@@ -97,6 +97,9 @@ def offload(
             rich_help_panel=_PLAN_PANEL,
         ),
     ] = Totals.WEIGHTS,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Our exact path, with a gate that asks for equal bits.")
+    ] = False,
     policy: Annotated[
         Policy,
         typer.Option(
@@ -161,6 +164,7 @@ def offload(
             peers=peers,
             equal_totals=totals is Totals.EQUAL,
             policy=policy,
+            exact=exact,
             num_steps=steps,
             seconds=seconds,
             work_folder=work_folder,

@@ -100,11 +100,18 @@ def generate(
         bool,
         typer.Option(
             "--exact",
-            help="Compute as the unmodified model does, bit for bit (today the only way there is).",
-            show_default=False,
+            help="Compute as the unmodified model does, bit for bit, at some cost in speed.",
             rich_help_panel=OUTPUT_PANEL,
         ),
-    ] = True,
+    ] = False,
+    linears: Annotated[
+        bool,
+        typer.Option(
+            "--linears",
+            help="Let the experts' kernel compute the other linear layers too, in decoding.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = False,
     check: Annotated[
         bool,
         typer.Option(
@@ -138,6 +145,8 @@ def generate(
         policy=policy,
         expert_slots=expert_slots,
         page_cache=page_cache,
+        exact=exact,
+        linears=linears,
         max_memory=limits,
         dtype=dtype,
         device=device,

@@ -62,6 +62,7 @@ class _View:
         self._terminal.write("\n")
 
     def on_check(self) -> None:
+        self._on_screen.close()  # it is said once more when the other process starts
         self._on_screen.enter_context(
             self._terminal.waiting("running the unmodified model for comparison")
         )
@@ -95,7 +96,7 @@ def _figures(generation: Generation) -> Table:
         f"{format_bytes(resident.rss_after_imports_bytes)} of it Python and its libraries",
     )
     if generation.request.check:
-        table.add_row("same as unmodified model", _verdict(generation))
+        table.add_row("agrees with unmodified model", _verdict(generation))
     return table
 
 
@@ -103,12 +104,8 @@ def _verdict(generation: Generation) -> str:
     parity = generation.parity
     if parity is None:
         return "[red]not known[/red]"
-    if not parity.identical:
-        return "[red]no[/red]"
-    return (
-        f"[green]yes[/green], {parity.tokens_compared} tokens and their logits, bit for bit "
-        f"({parity.dtype})"
-    )
+    colour, word = ("green", "yes") if parity.is_right else ("red", "no")
+    return f"[{colour}]{word}[/{colour}], {parity.text()}"
 
 
 def _count(number: int, noun: str) -> str:

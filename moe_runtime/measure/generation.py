@@ -5,7 +5,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,9 @@ from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
 from moe_runtime.measure.completion import Completion, complete
 from moe_runtime.measure.decoding import Decoding
-from moe_runtime.measure.parity import Parity, Reference, check_parity
+from moe_runtime.measure.fast_parity import MIN_POSITIONS
+from moe_runtime.measure.forced import ForcedLogits, forced_logits
+from moe_runtime.measure.parity import Parity, Reference, check_fast_parity, check_parity
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt, encode_prompts, load_tokenizer
 from moe_runtime.memory.packed_folder import is_packed
@@ -37,6 +39,8 @@ class GenerationRequest:
     policy: str = "lru"
     expert_slots: str = "auto"
     page_cache: bool = False
+    exact: bool = False
+    linears: bool = False
     max_memory: Mapping[int | str, int | str] | None = None
     dtype: str = "auto"
     device: str = "cpu"
@@ -126,7 +130,7 @@ class Generation:
         del request["prompts"]
         decoding = request.pop("decoding")
         versions = {name: version(name) for name in ("torch", "transformers")}
-        settings: dict[str, Any] = request | decoding | {"exact": True}
+        settings: dict[str, Any] = request | decoding
         # The report last: it has the dtype and device in use, not as they were asked for.
         settings |= self.report["settings"]
         return settings | {"versions": versions}
@@ -164,6 +168,10 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
             listener.on_loaded(owner.placement())
             completions = _complete_all(request, model, tokenizer, prompts, listener)
             report = owner.report()
+            forced = []
+            if request.check and not request.exact and report["settings"]["dtype"] != "float32":
+                listener.on_check()
+                forced = forced_logits(model, completions, min_positions=MIN_POSITIONS)
     resident = ResidentMemory(
         rss_after_imports_bytes=after_imports,
         load_peak_rss_bytes=load_peak,
@@ -175,7 +183,7 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
     if request.check:
         listener.on_check()
         try:
-            parity = _check(request, resolved, completions, report)
+            parity = _check(request, resolved, tokenizer, completions, forced, report)
         except ParityError as error:  # what was generated is not lost with it
             parity_error = error
     return Generation(
@@ -195,6 +203,8 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
         policy=request.policy,
         expert_slots=request.expert_slots,
         page_cache=request.page_cache,
+        exact=request.exact,
+        linears=request.linears,
         max_memory=request.max_memory,
         device_map=request.device,
         trust_remote_code=request.trust_remote_code,
@@ -228,7 +238,9 @@ def _complete_all(
 def _check(
     request: GenerationRequest,
     resolved: ResolvedModel,
+    tokenizer: PreTrainedTokenizerBase,
     completions: Sequence[Completion],
+    forced: Sequence[ForcedLogits],
     report: Mapping[str, Any],
 ) -> Parity:
     with _reference_folder(resolved.folder) as folder:
@@ -239,7 +251,12 @@ def _check(
             device=request.device,
             trust_remote_code=request.trust_remote_code,
         )
-        return check_parity(completions, request.decoding, reference)
+        if request.exact:
+            return check_parity(completions, request.decoding, reference)
+        is_greedy = request.decoding.temperature == 0 and not request.decoding.stop
+        if reference.effective_dtype != "float32" or not is_greedy:
+            completions = _greedy_in_float32(request, resolved, tokenizer, completions, report)
+        return check_fast_parity(completions, forced, reference)
 
 
 @contextmanager
@@ -250,3 +267,26 @@ def _reference_folder(folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="moe-runtime-unpacked-") as restored:
         yield unpack_folder(folder, Path(restored, folder.name)).folder
+
+
+def _greedy_in_float32(
+    request: GenerationRequest,
+    resolved: ResolvedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: Sequence[Completion],
+    report: Mapping[str, Any],
+) -> list[Completion]:
+    """The same prompts through the same number of slots, with twice the bytes."""
+    wide = replace(
+        request,
+        dtype="float32",
+        expert_memory=str(2 * report["cache"]["slots"] * report["cache"]["slot_bytes"]),
+        expert_slots="auto",
+        max_memory=None,
+        check=False,
+    )
+    decoding = Decoding(max_new_tokens=request.decoding.max_new_tokens)
+    with quiet_transformers(lambda done, total: None):
+        model = _load(wide, resolved)
+        with closing(handle(model)):
+            return [complete(model, tokenizer, one.prompt, decoding) for one in completions]

@@ -1,4 +1,4 @@
-"""Compares completions with those of unmodified transformers, token by token and bit by bit."""
+"""Compares what ran here with unmodified transformers in a process of its own."""
 
 import json
 import subprocess
@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from moe_runtime.errors import ParityError
 from moe_runtime.measure.completion import Completion
 from moe_runtime.measure.decoding import Decoding
+from moe_runtime.measure.fast_parity import FastParity, rms_distance
+from moe_runtime.measure.forced import ForcedLogits
 
 _REFERENCE_SCRIPT = Path(__file__).with_name("reference.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parity:
+class ExactParity:
     """How far completions agree. `difference` says in words where they first do not.
 
     `max_abs_logit_diff` covers all steps up to the first token that differs; None if a logit is
@@ -29,7 +31,6 @@ class Parity:
     """
 
     reference: str
-    mode: str
     dtype: str
     tokens_compared: int
     identical: bool
@@ -38,7 +39,19 @@ class Parity:
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
-        return {key: value for key, value in asdict(self).items() if key != "difference"}
+        found = {key: value for key, value in asdict(self).items() if key != "difference"}
+        return {"mode": "exact"} | found
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the rule of the mode holds."""
+        return self.identical
+
+    def text(self) -> str:
+        """What was compared, in words."""
+        if not self.identical:
+            return self.difference
+        return f"{self.tokens_compared} tokens and their logits, bit for bit ({self.dtype})"
 
     def require(self) -> None:
         """Raise ParityError unless everything is identical."""
@@ -47,6 +60,9 @@ class Parity:
                 f"the output differs from {self.reference}: {self.difference}; "
                 "please report the model and the versions that moe-runtime doctor prints"
             )
+
+
+Parity = ExactParity | FastParity
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,27 +82,77 @@ class Reference:
 
 def check_parity(
     completions: Sequence[Completion], decoding: Decoding, reference: Reference
-) -> Parity:
+) -> ExactParity:
     """Run the prompts of `completions`, which kept their logits, through the unmodified model.
 
     That model is loaded whole: it needs memory for all experts. Raises ParityError when its process
     dies or fails: then nothing is known.
     """
-    with tempfile.TemporaryDirectory(prefix="moe-runtime-parity-") as folder:
-        request = Path(folder, "request.json")
-        request.write_text(json.dumps(_request(completions, decoding, reference)))
-        _run(request)
-        answers = [
-            load_file(request.with_name(f"answer-{i}.safetensors")) for i in range(len(completions))
-        ]
+    run: dict[str, Any] = {
+        "dtype": reference.dtype,
+        "generate_arguments": decoding.generate_arguments(),
+        "prompts": [
+            _prompt(completion, decoding.seed + completion.prompt.index)
+            for completion in completions
+        ],
+        "forced": [],
+    }
+    answers = _run(reference, [run])[0]
     return compare(completions, answers, reference)
+
+
+def check_fast_parity(
+    greedy: Sequence[Completion],
+    forced: Sequence[ForcedLogits],
+    reference: Reference,
+) -> FastParity:
+    """Apply the rule of the fast path; see `FastParity`.
+
+    `greedy` is what we wrote greedily in float32, `forced` our logits in the model's dtype along
+    given tokens. The unmodified model runs in float32 for both, and in its dtype for the latter.
+    Raises ParityError when its process dies or fails.
+    """
+    sequences = [
+        {"token_ids": one.token_ids, "num_prompt_tokens": one.num_prompt_tokens} for one in forced
+    ]
+    float32: dict[str, Any] = {
+        "dtype": "float32",
+        "generate_arguments": Decoding().generate_arguments(),
+        "prompts": [_prompt(completion, 0) for completion in greedy],
+        "forced": sequences,
+    }
+    eager: dict[str, Any] = {"dtype": reference.dtype, "prompts": [], "forced": sequences}
+    runs = [float32, eager] if sequences else [float32]
+    answers = _run(reference, runs)
+    tokens_compared, difference = 0, ""
+    for completion, answer in zip(greedy, answers[0], strict=False):
+        theirs = answer["token_ids"].tolist()
+        tokens_compared += _shared_steps(completion.token_ids, theirs)
+        difference = difference or _difference(
+            completion.prompt.index, completion.token_ids, theirs, gap=0.0
+        )
+    ours_rms, eager_rms = None, None
+    if sequences:
+        true = [answer["logits"] for answer in answers[0][len(greedy) :]]
+        ours_rms = rms_distance([one.logits for one in forced], true)
+        eager_rms = rms_distance([answer["logits"] for answer in answers[1]], true)
+    return FastParity(
+        reference=reference.name,
+        dtype=reference.effective_dtype,
+        tokens_compared=tokens_compared,
+        greedy_tokens_equal=not difference,
+        positions=sum(len(one.logits) for one in forced),
+        rms_distance=ours_rms,
+        eager_rms_distance=eager_rms,
+        difference=difference,
+    )
 
 
 def compare(
     completions: Sequence[Completion],
     answers: Sequence[dict[str, torch.Tensor]],
     reference: Reference,
-) -> Parity:
+) -> ExactParity:
     """`answers` holds `token_ids` `[tokens]` and `logits` `[tokens, vocab]` for each completion."""
     tokens_compared, largest, difference = 0, 0.0, ""
     for completion, answer in zip(completions, answers, strict=True):
@@ -97,9 +163,8 @@ def compare(
         tokens_compared += steps
         largest = max(largest, gap)
         difference = difference or _difference(completion.prompt.index, ours, theirs, gap)
-    return Parity(
+    return ExactParity(
         reference=reference.name,
-        mode="bit-for-bit",
         dtype=reference.effective_dtype,
         tokens_compared=tokens_compared,
         identical=not difference,
@@ -108,28 +173,39 @@ def compare(
     )
 
 
-def _request(
-    completions: Sequence[Completion], decoding: Decoding, reference: Reference
-) -> dict[str, Any]:
+def _prompt(completion: Completion, seed: int) -> dict[str, Any]:
     return {
-        "folder": str(reference.folder),
-        "dtype": reference.dtype,
-        "device": reference.device,
-        "trust_remote_code": reference.trust_remote_code,
-        "num_threads": torch.get_num_threads(),
-        "generate_arguments": decoding.generate_arguments(),
-        "prompts": [
-            {
-                "token_ids": completion.prompt.token_ids,
-                "max_new_tokens": completion.prompt.max_new_tokens,
-                "seed": decoding.seed + completion.prompt.index,
-            }
-            for completion in completions
-        ],
+        "token_ids": completion.prompt.token_ids,
+        "max_new_tokens": completion.prompt.max_new_tokens,
+        "seed": seed,
     }
 
 
-def _run(request: Path) -> None:
+def _run(
+    reference: Reference, runs: Sequence[dict[str, Any]]
+) -> list[list[dict[str, torch.Tensor]]]:
+    """For each run the answers to its prompts, then those to its forced sequences."""
+    message = {
+        "folder": str(reference.folder),
+        "device": reference.device,
+        "trust_remote_code": reference.trust_remote_code,
+        "num_threads": torch.get_num_threads(),
+        "runs": runs,
+    }
+    with tempfile.TemporaryDirectory(prefix="moe-runtime-parity-") as folder:
+        request = Path(folder, "request.json")
+        request.write_text(json.dumps(message))
+        _run_process(request)
+        return [
+            [
+                load_file(request.with_name(f"answer-{number}-{index}.safetensors"))
+                for index in range(len(run["prompts"]) + len(run["forced"]))
+            ]
+            for number, run in enumerate(runs)
+        ]
+
+
+def _run_process(request: Path) -> None:
     # -P: the folder of the script is not searched for modules, so nothing there shadows another.
     command = [sys.executable, "-P", str(_REFERENCE_SCRIPT), str(request)]
     done = subprocess.run(

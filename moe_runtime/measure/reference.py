@@ -1,12 +1,14 @@
 """Unmodified transformers in a process of its own, for comparison: `python reference.py REQUEST`.
 
 Imports nothing of moe_runtime, so nothing of it can change what transformers computes. REQUEST is a
-JSON file (see `parity.py`); each prompt's tokens and logits go to a safetensors file beside it.
+JSON file (see `parity.py`); tokens and logits of each prompt, and of each given sequence, of each
+of its runs go to a safetensors file beside it.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -23,33 +25,67 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(request["num_threads"])
     trust = request["trust_remote_code"]
-    model = AutoModelForCausalLM.from_pretrained(
-        request["folder"],
-        dtype=request["dtype"],
-        experts_implementation="eager",
-        local_files_only=True,
-        trust_remote_code=trust,
-    ).to(request["device"])
-    arguments = request["generate_arguments"]
-    if "stop_strings" in arguments:
-        arguments["tokenizer"] = AutoTokenizer.from_pretrained(
-            request["folder"], local_files_only=True, trust_remote_code=trust
-        )
-    for index, prompt in enumerate(request["prompts"]):
-        torch.manual_seed(prompt["seed"])
-        inputs = torch.tensor([prompt["token_ids"]], device=model.device)
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=prompt["max_new_tokens"],
-            return_dict_in_generate=True,
-            output_logits=True,
-            **arguments,
-        )
-        token_ids = output.sequences[0, inputs.shape[1] :].cpu().contiguous()
-        logits = torch.cat(output.logits).float().cpu()
-        answer = request_file.with_name(f"answer-{index}.safetensors")
-        save_file({"token_ids": token_ids, "logits": logits}, answer)
+    for number, run in enumerate(request["runs"]):
+        model = AutoModelForCausalLM.from_pretrained(
+            request["folder"],
+            dtype=run["dtype"],
+            experts_implementation="eager",
+            local_files_only=True,
+            trust_remote_code=trust,
+        ).to(request["device"])
+        answers = []
+        for prompt in run["prompts"]:
+            arguments = dict(run["generate_arguments"])
+            if "stop_strings" in arguments:
+                arguments["tokenizer"] = AutoTokenizer.from_pretrained(
+                    request["folder"], local_files_only=True, trust_remote_code=trust
+                )
+            torch.manual_seed(prompt["seed"])
+            answers.append(
+                _generate(model, prompt["token_ids"], prompt["max_new_tokens"], arguments)
+            )
+        for sequence in run["forced"]:
+            token_ids, begin = sequence["token_ids"], sequence["num_prompt_tokens"]
+            follow = _Follow(token_ids)
+            arguments = {"do_sample": False, "num_beams": 1, "logits_processor": [follow]}
+            num_new = len(token_ids) - begin
+            answers.append(_generate(model, token_ids[:begin], num_new, arguments))
+        for index, answer in enumerate(answers):
+            save_file(answer, request_file.with_name(f"answer-{number}-{index}.safetensors"))
+        del model  # before the next one needs its memory
+
+
+def _generate(
+    model: Any, token_ids: list[int], max_new_tokens: int, arguments: dict[str, Any]
+) -> dict[str, Any]:
+    """New tokens, and the logits that they were chosen from, before any processor."""
+    import torch
+
+    inputs = torch.tensor([token_ids], device=model.device)
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **arguments,
+    )
+    return {
+        "token_ids": output.sequences[0, inputs.shape[1] :].cpu().contiguous(),
+        "logits": torch.cat(output.logits).float().cpu(),
+    }
+
+
+class _Follow:
+    """Lets `generate()` choose the tokens that are given, so that only its logits are its own."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self._token_ids = token_ids
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        scores = scores.new_full(scores.shape, float("-inf"))
+        scores[:, self._token_ids[input_ids.shape[1]]] = 0.0
+        return scores
 
 
 def _volunteer_for_the_out_of_memory_killer() -> None:

@@ -5,6 +5,7 @@ import platform
 import re
 
 from moe_runtime import __version__
+from moe_runtime.kernels.cpu.experts_status import experts_status
 from moe_runtime.kernels.cpu.gemv_status import gemv_status
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.measure.check import Check, Status
@@ -83,9 +84,10 @@ def check_kernels() -> Check:
             remedy="pip install --force-reinstall torch",
         )
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    one_token_bf16 = gemv_status()
+    experts, one_token_bf16 = experts_status(), gemv_status()
     facts: dict[str, object] = {
-        "active": "torch",
+        "active": experts.partition(" ")[0],
+        "experts_bf16": experts,
         "one_token_bf16": one_token_bf16,
         "placement_search": anneal_status(),
         "unpack": unpack_status(),
@@ -94,9 +96,8 @@ def check_kernels() -> Check:
     }
     finding = (
         f"torch on {' and '.join(devices)}, {torch.get_num_threads()} threads; "
-        f"one-token bf16 experts on the CPU: {one_token_bf16}; "
-        f"placement search: {anneal_status()}; "
-        f"packed experts: {unpack_status()}"
+        f"bf16 experts on the CPU: {experts}; with --exact, one token at a time: {one_token_bf16}; "
+        f"placement search: {anneal_status()}; packed experts: {unpack_status()}"
     )
     return Check(name="kernels", status=Status.OK, finding=finding, facts=facts)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_runtime.engine import ExpertEngine, LayerAccess, Weights
 from moe_runtime.errors import OffloadedExpertsError
-from moe_runtime.layer import Dispatch, ExpertMath, run_experts
+from moe_runtime.layer import Dispatch, LayerMath
 
 REMEDY = "call moe_runtime.handle(model).restore() first"
 
@@ -64,7 +64,7 @@ class OffloadedModule(nn.Module):
 class OffloadedExperts(OffloadedModule):
     """Mixed into transformers' experts class in place of its parameters and its forward."""
 
-    _math: ExpertMath | None  # None: the class's own forward runs, fed from slots
+    _math: LayerMath | None  # None: the class's own forward runs, fed from slots
     _num_experts: int
     _argument_names: tuple[str, ...]
 
@@ -85,7 +85,7 @@ class OffloadedExperts(OffloadedModule):
                 return torch.zeros_like(hidden_TD)
             with self._engine.open_layer(self._layer, dispatch.experts) as access:
                 if self._math is not None:
-                    output = run_experts(self._math, hidden_TD, dispatch, access)
+                    output = self._math.run(hidden_TD, dispatch, access)
                 else:
                     output = self._run_reference(
                         access, hidden_TD, top_k_index_TK, top_k_weights_TK

@@ -25,7 +25,7 @@ from moe_runtime.integrations.transformers.experts import (
 )
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
-from moe_runtime.layer import ExpertMath
+from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
 
@@ -55,7 +55,7 @@ class Handle:
         self,
         root: nn.Module,
         sites: Sequence[ExpertSite],
-        maths: Sequence[ExpertMath | None],
+        maths: Sequence[LayerMath | None],
         engine: ExpertEngine,
         budget: Budget,
         settings: Settings,
@@ -208,13 +208,10 @@ class Handle:
         if not fused:
             return "module list"
         maths = [module._math for module in fused if isinstance(module, OffloadedExperts)]
-        if any(math is None for math in maths):
-            return "torch, family's forward"
-        if any(math is not None and math.row_kernel is not None for math in maths):
-            return "avx512-bf16 gemv for single rows, torch"
-        return "torch"
+        paths = ("torch, family's forward" if math is None else math.path for math in maths)
+        return "; ".join(dict.fromkeys(paths))
 
-    def _attach(self, layer: int, site: ExpertSite, math: ExpertMath | None) -> None:
+    def _attach(self, layer: int, site: ExpertSite, math: LayerMath | None) -> None:
         slot_like = torch.empty(0, dtype=site.parameters[0].dtype, device=self._device)
         if site.is_fused:
             for parameter in site.parameters:

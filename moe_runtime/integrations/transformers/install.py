@@ -15,7 +15,7 @@ from moe_runtime.engine import ExpertEngine
 from moe_runtime.integrations.transformers.budget import Budget
 from moe_runtime.integrations.transformers.handle import Handle, Settings
 from moe_runtime.integrations.transformers.sites import ExpertSite
-from moe_runtime.layer import ExpertMath
+from moe_runtime.layer import LayerMath
 from moe_runtime.memory.assembly import Assembly, row_major, stack
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
@@ -95,7 +95,7 @@ def loaded_phase(assembly: Assembly, dtype: torch.dtype) -> int:
 def install(
     root: nn.Module,
     sites: Sequence[ExpertSite],
-    maths: Sequence[ExpertMath | None],
+    maths: Sequence[LayerMath | None],
     tensor_map: TensorMap,
     budget: Budget,
     *,

@@ -14,15 +14,16 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
+from moe_runtime.integrations.transformers.choice import choose_maths
 from moe_runtime.integrations.transformers.install import (
     install,
     make_policy,
 )
-from moe_runtime.integrations.transformers.proof import prove_sites
+from moe_runtime.integrations.transformers.linears import speed_up_linears
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
-from moe_runtime.layer import ExpertMath
+from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.mapped_tensor import MappedTensor
@@ -49,6 +50,8 @@ def load(
     policy: str | EvictionPolicy = "lru",
     expert_slots: str = "auto",
     page_cache: bool = False,
+    exact: bool = False,
+    linears: bool = False,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -67,16 +70,23 @@ def load(
     page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay so in
     memory, where a third more of them fit, and be unpacked at each use: `expert_slots` is
     'packed', 'unpacked', or 'auto', which is 'unpacked' unless only packed ones fit.
+    `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
+    on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
+    gives it the model's linear layers too, while there are few tokens.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
 
-    Outputs equal the unmodified model's with `experts_implementation="eager"`, bit for bit on CPU.
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
     files), UnsupportedModelError (no experts, quantised, unknown family) and TypeError (unknown
     argument).
     """
     make_policy(policy)
+    if exact and linears:
+        raise ValueError(
+            "linears=True rounds otherwise than the unmodified model and exact=True asks for its "
+            "bits; leave out one of them"
+        )
     memory = ExpertMemory.parse(expert_memory)
     device = _single_device(device_map)
     resolved = resolve_model(
@@ -90,7 +100,7 @@ def load(
     )
     _refuse_unknown(from_pretrained_kwargs, resolved.config)
     checkpoint = Checkpoint.open(resolved.folder)
-    plan = _Plan(checkpoint, memory, max_memory, device, expert_slots)
+    plan = _Plan(checkpoint, memory, max_memory, device, expert_slots, exact=exact)
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
     wants_info = from_pretrained_kwargs.pop("output_loading_info", False)
     try:
@@ -134,6 +144,8 @@ def load(
         dense_bytes=made.dense_bytes,
         mapped=plan.mapped,
     )
+    if linears:
+        speed_up_linears(result)
     logger.info("%s: %s", model, handle.placement())
     return (result, info) if wants_info else result  # type: ignore[return-value]
 
@@ -143,7 +155,7 @@ class _Made:
     """What was found out while transformers had the model on the meta device."""
 
     sites: list[ExpertSite]
-    maths: list[ExpertMath | None]
+    maths: list[LayerMath | None]
     tensor_map: TensorMap
     budget: Budget
     dense_bytes: int
@@ -159,8 +171,11 @@ class _Plan:
         max_memory: Mapping[int | str, int | str] | None,
         device: torch.device,
         expert_slots: str,
+        *,
+        exact: bool,
     ) -> None:
         self._expert_slots = expert_slots
+        self._exact = exact
         self.made: _Made | None = None
         self.mapped: dict[str, MappedTensor] = {}  # by name, as they are read
         self._shapes: dict[str, list[int]] = {}
@@ -183,7 +198,7 @@ class _Plan:
             device=(self._device.index or 0) if accelerated else "cpu",
             expert_slots=self._expert_slots,
         )
-        maths = prove_sites(found.sites, found.dtypes, self._device)
+        maths = choose_maths(found.sites, found.dtypes, self._device, exact=self._exact)
         for site in found.sites:
             _empty(site)
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
@@ -276,7 +291,7 @@ def _refuse_unknown(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None
     if "experts_implementation" in kwargs:
         raise TypeError(
             "experts_implementation has no effect on offloaded experts; leave it out "
-            "(outputs equal 'eager')"
+            "(exact=True gives the outputs of 'eager')"
         )
     ours = set(inspect.signature(load).parameters) - {"from_pretrained_kwargs"}
     for name in kwargs:

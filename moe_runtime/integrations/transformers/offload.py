@@ -12,6 +12,7 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import plan_budget
+from moe_runtime.integrations.transformers.choice import choose_maths
 from moe_runtime.integrations.transformers.handle import Handle, refuse_twice
 from moe_runtime.integrations.transformers.install import (
     build_tensor_map,
@@ -19,7 +20,6 @@ from moe_runtime.integrations.transformers.install import (
     install,
     make_policy,
 )
-from moe_runtime.integrations.transformers.proof import prove_sites
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.assembly import Assembly
 from moe_runtime.memory.available import available_memory_bytes
@@ -33,6 +33,7 @@ def offload(
     *,
     policy: str | EvictionPolicy = "lru",
     page_cache: bool = False,
+    exact: bool = False,
     offload_folder: str | Path | None = None,
 ) -> Handle:
     """Move the experts of `module` to disk and read them back when a token needs them.
@@ -40,7 +41,8 @@ def offload(
     `module` is a model, or any module, that holds experts of transformers 5 or ModuleLists of alike
     modules called `experts`; or such a ModuleList itself. The experts are written once to a new
     folder below `offload_folder` (default: the system's temporary folder, which must be on disk to
-    save memory), and removed from there when the handle is restored or closed.
+    save memory), and removed from there when the handle is restored or closed. `exact` is that
+    of load().
 
     Every change is undone by `restore()`, or by using the handle in a `with`. Raises
     UnsupportedModelError when there is nothing to offload, BudgetError below the floor.
@@ -72,7 +74,7 @@ def offload(
                 )
     folder = Path(tempfile.mkdtemp(prefix="moe-runtime-", dir=offload_folder))
     try:
-        return _offload_to(folder, module, sites, memory, policy, page_cache, device)
+        return _offload_to(folder, module, sites, memory, policy, page_cache, exact, device)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -85,6 +87,7 @@ def _offload_to(
     memory: ExpertMemory,
     policy: str | EvictionPolicy,
     page_cache: bool,
+    exact: bool,
     device: torch.device,
 ) -> Handle:
     dense_bytes = dense_bytes_of(module, sites)
@@ -99,7 +102,7 @@ def _offload_to(
         dense_bytes=0,  # already in memory
         available_bytes=available_memory_bytes() + tensor_map.total_bytes,
     )
-    maths = prove_sites(sites, dtypes, device)
+    maths = choose_maths(sites, dtypes, device, exact=exact)
     return install(
         module,
         sites,

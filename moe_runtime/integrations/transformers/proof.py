@@ -1,7 +1,6 @@
 """Decides, by trying, whether faster code equals a family's own experts forward bit for bit."""
 
 import copy
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +9,6 @@ from torch import nn
 
 from moe_runtime.engine import Weights
 from moe_runtime.integrations.transformers.experts import reference_forward
-from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.kernels.cpu.gemv import CpuGemv
 from moe_runtime.layer import (
     Accumulator,
@@ -61,19 +59,6 @@ class Prover:
         return self._products[num_rows, num_columns]
 
 
-def prove_sites(
-    sites: Iterable[ExpertSite], dtypes: Mapping[str, torch.dtype], device: torch.device
-) -> list[ExpertMath | None]:
-    """What computes each site; None for a list of modules. `dtypes` by full tensor name."""
-    prover = Prover(device)
-    return [
-        prover.prove(site.module, dtypes[site.tensor_names("down_proj")[0]])
-        if site.is_fused
-        else None
-        for site in sites
-    ]
-
-
 def prove_math(module: nn.Module, dtype: torch.dtype) -> ExpertMath | None:
     """An ExpertMath that reproduces `module`'s eager forward exactly, or None if none does.
 
@@ -110,7 +95,7 @@ def expert_math(module: nn.Module, accumulator: Accumulator) -> ExpertMath | Non
 
 def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
-    small, weights = _small_copy(module, dtype, generator)
+    small, weights = small_copy(module, dtype, generator)
     math = expert_math(small, math.accumulator) or math
     hidden_dim = weights[0]["down_proj"].shape[0 if not math.is_transposed else 1]
     hidden = torch.randn(_NUM_TOKENS, hidden_dim, generator=generator).to(dtype)
@@ -132,7 +117,7 @@ def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
 def _rows_are_independent(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
     """Whether gate and norm give a row the same bits alone and among others."""
     generator = torch.Generator().manual_seed(0)
-    small, _ = _small_copy(module, dtype, generator)
+    small, _ = small_copy(module, dtype, generator)
     small_math = expert_math(small, math.accumulator)
     assert small_math is not None
     up_dim, hidden_dim = (
@@ -149,7 +134,7 @@ def _rows_are_independent(module: nn.Module, math: ExpertMath, dtype: torch.dtyp
     return True
 
 
-def _small_copy(
+def small_copy(
     module: nn.Module, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[nn.Module, list[Weights]]:
     """`module` with a few experts of a narrow ffn and random numbers, and their weights."""

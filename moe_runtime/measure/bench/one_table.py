@@ -128,6 +128,7 @@ class OneTable:
             replay=None,
             dtype=self._inspection.dtype,
             policy=self._settings.policy,
+            exact=self._settings.exact,
             num_threads=torch.get_num_threads(),
             memory_bytes=None,
             context_tokens=max(64, self._schedule.tokens_per_round),
@@ -188,10 +189,15 @@ class OneTable:
                     sitting.fail(name, error)
                     break
                 self._gates[seat.contestant.row_name(variant)] = compare_logits(
-                    found, expected, tolerance=seat.contestant.tolerance
+                    found, expected, tolerance=self._tolerance(seat)
                 )
                 if name == OURS.name:
                     self._num_gate_tokens = count
+
+    def _tolerance(self, seat: Seat) -> float:
+        """What the gate asks for: equal bits of our exact path."""
+        is_exact = self._settings.exact and seat.contestant is OURS
+        return 0.0 if is_exact else seat.contestant.tolerance
 
     def _rows_of(
         self,

@@ -26,6 +26,7 @@ class Settings:
     seconds: float
     equal_totals: bool
     policy: str
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

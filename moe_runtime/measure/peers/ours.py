@@ -29,6 +29,7 @@ def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
             expert_memory=1.0,
             max_memory=limits,
             policy=job.policy,
+            exact=job.exact,
             dtype=getattr(torch, job.dtype),
         )
     owner = handle(model)

@@ -1,0 +1,130 @@
+"""`moe-runtime bench kernels`: how near the experts' kernel comes to the memory's rate."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from moe_runtime.cli.options import MODEL_PANEL, Json
+from moe_runtime.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from moe_runtime.measure.bench.expert_steps import StepShare
+    from moe_runtime.measure.bench.resident_decode import ResidentReport
+
+EPILOG = """Examples:
+
+moe-runtime bench kernels
+
+moe-runtime bench kernels --like olmoe-1b-7b --layers 6 --rounds 20 --json
+"""
+
+
+def kernels(
+    like: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Shapes: tiny, olmoe-1b-7b, mixtral-8x7b, qwen3-30b-a3b.",
+            rich_help_panel=MODEL_PANEL,
+        ),
+    ] = "tiny",
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layers instead of all.", rich_help_panel=MODEL_PANEL),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of everybody.")] = 20,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a turn.")] = 16,
+    prefill: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    steps_only: Annotated[
+        bool, typer.Option("--steps-only", help="No whole model: only the share of the read rate.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure experts in memory: share of the read rate, decode and prefill against transformers.
+
+    Everything takes turns in one process on the same threads, as the memory's rate drifts. On a
+    GPU nothing is measured.
+    """
+    terminal = Terminal(as_json=as_json)
+    with terminal.waiting("starting"):
+        from moe_runtime.measure.bench.expert_steps import measure_steps
+        from moe_runtime.measure.bench.machine import (
+            describe_machine,
+            describe_versions,
+            git_commit,
+        )
+        from moe_runtime.measure.bench.presets import load_preset
+        from moe_runtime.measure.bench.resident_decode import measure_resident
+
+    preset = load_preset(like).changed(num_layers=layers)
+    with terminal.progress(f"steps of {like}") as meter:
+        shares = measure_steps(preset, rounds=rounds, on_round=meter.update)
+    resident = None
+    if not steps_only:
+        with terminal.progress(f"{preset.num_layers} layers of {like}") as meter:
+            resident = measure_resident(
+                preset,
+                rounds=rounds,
+                tokens_per_round=tokens,
+                prefill_tokens=prefill,
+                on_round=meter.update,
+            )
+    if as_json:
+        found: dict[str, Any] = {
+            "machine": describe_machine(Path.cwd()),
+            "versions": describe_versions(),
+            "commit": git_commit(),
+            "steps": [asdict(share) for share in shares],
+            "resident": None if resident is None else asdict(resident),
+            "gpu": None,
+        }
+        terminal.show_json(found)
+    else:
+        terminal.show(_steps_table(shares))
+        if resident is not None:
+            terminal.show(_resident_table(resident))
+        terminal.remark("GPU: not measured")
+
+
+def _steps_table(shares: "list[StepShare]") -> Table:
+    table = Table(title=f"steps of {shares[0].shape}", title_justify="left")
+    for name in ("tokens", "experts", "rows each", "MB", "GB/s", "reads GB/s", "share of reads"):
+        table.add_column(name, justify="right")
+    for one in shares:
+        table.add_row(
+            f"{one.tokens}",
+            f"{one.num_experts}",
+            f"{one.rows_per_expert}",
+            f"{one.step_bytes / 1e6:.1f}",
+            f"{one.gbps.median:.1f}",
+            f"{one.read_gbps.median:.1f}",
+            one.share.text(3),
+        )
+    return table
+
+
+def _resident_table(report: "ResidentReport") -> Table:
+    title = f"{report.num_layers} layers of {report.shape}, experts by {report.experts}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("variant")
+    table.add_column("ms a token", justify="right")
+    table.add_column("times the better peer", justify="right")
+    table.add_column(f"ms of {report.prefill_tokens} tokens", justify="right")
+    table.add_column("outputs")
+    for name, spread in report.decode_ms.items():
+        gate = report.gates.get(name)
+        if gate is not None and not gate.is_green:  # no speed on a red gate
+            table.add_row(name, "-", "-", "-", gate.text())
+            continue
+        speedup, prefill = report.speedup.get(name), report.prefill_ms.get(name)
+        table.add_row(
+            name,
+            spread.text(2),
+            "" if speedup is None else speedup.text(2),
+            "" if prefill is None else prefill.text(0),
+            "" if gate is None else gate.text(),
+        )
+    return table

@@ -1,0 +1,132 @@
+"""`experts_implementation="moe_runtime"` of transformers: models whose experts are in memory."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from moe_runtime.engine import Weights
+from moe_runtime.fast_layer import MAX_KERNEL_ROWS, FastMath
+from moe_runtime.integrations.transformers.fast import fast_math
+from moe_runtime.integrations.transformers.proof import expert_math
+from moe_runtime.layer import Accumulator, Dispatch
+
+logger = logging.getLogger("moe_runtime")
+
+NAME = "moe_runtime"
+_FALLBACK = "grouped_mm"
+
+
+def register() -> None:
+    """Make `from_pretrained(..., experts_implementation="moe_runtime")` work. May be called twice.
+
+    On CPU a kernel computes experts for a few tokens, and grouped_mm for many. Where the kernel
+    cannot (transposed weights, biases, norms behind experts, training, another device), a layer
+    runs grouped_mm, which is logged once for each reason. `experts_path(model)` names what runs.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(NAME, ResidentExperts())
+
+
+def experts_path(model: nn.Module) -> str:
+    """What computes the experts of a model loaded with `experts_implementation="moe_runtime"`."""
+    paths = {
+        _plan(module).path: None for module in model.modules() if hasattr(module, "is_concatenated")
+    }
+    return "; ".join(paths) or "no experts"
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How one experts module computes: `math` over views of its parameters, or a fallback."""
+
+    math: FastMath | None
+    path: str
+    place: tuple[int, int]  # addresses of both parameters
+    weights: Sequence[Weights]
+
+
+class ResidentExperts:
+    """The experts function that transformers calls; remembers what it found out about modules."""
+
+    def __init__(self) -> None:
+        self._plans: WeakKeyDictionary[nn.Module, _Plan] = WeakKeyDictionary()
+        self._said: set[str] = set()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(
+        self,
+        module: Any,
+        hidden_TD: torch.Tensor,
+        top_k_index_TK: torch.Tensor,
+        top_k_weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        plan = self._plan(module)
+        if (
+            plan.math is None
+            or hidden_TD.dtype != module.down_proj.dtype
+            or top_k_index_TK.numel() > MAX_KERNEL_ROWS * module.num_experts
+            or (
+                torch.is_grad_enabled()
+                and any(t.requires_grad for t in (hidden_TD, top_k_weights_TK, module.down_proj))
+            )
+        ):
+            output: torch.Tensor = grouped_mm_experts_forward(
+                module, hidden_TD, top_k_index_TK, top_k_weights_TK
+            )
+            return output
+        dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, len(plan.weights))
+        if not dispatch.experts:
+            return torch.zeros_like(hidden_TD)
+        return plan.math.run(hidden_TD, dispatch, _InMemory(plan.weights))
+
+    def _plan(self, module: nn.Module) -> _Plan:
+        found = self._plans.get(module)
+        if found is None or found.place != _place(module):
+            found = self._plans[module] = _plan(module)
+            if found.path not in self._said:
+                self._said.add(found.path)
+                logger.info("experts of %s: %s", type(module).__name__, found.path)
+        return found
+
+
+class _InMemory:
+    """Experts that are simply there."""
+
+    def __init__(self, weights: Sequence[Weights]) -> None:
+        self._weights = weights
+        self.max_together = len(weights)
+
+    def is_ready(self, expert: int) -> bool:
+        return True
+
+    def weights(self, expert: int) -> Weights:
+        return self._weights[expert]
+
+    def release(self, expert: int) -> None:
+        """Nothing to free."""
+
+
+def _place(module: Any) -> tuple[int, int]:
+    up = module.gate_up_proj if module.has_gate else module.up_proj
+    return up.data_ptr(), module.down_proj.data_ptr()
+
+
+def _plan(module: nn.Module) -> _Plan:
+    math = expert_math(module, Accumulator.FLOAT32)
+    down: Any = module.down_proj
+    if math is None:
+        return _Plan(None, f"{_FALLBACK} (parameters of other names)", _place(module), ())
+    chosen = fast_math(module, math, down.dtype, down.device)
+    if not isinstance(chosen, FastMath):
+        return _Plan(None, f"{_FALLBACK} ({chosen.reason})", _place(module), ())
+    parameters = {name: module.get_parameter(name).detach() for name in (math.up_name, "down_proj")}
+    if not all(value.is_contiguous() for value in parameters.values()):
+        return _Plan(None, f"{_FALLBACK} (weights that are not contiguous)", _place(module), ())
+    views = {name: value.unbind(0) for name, value in parameters.items()}
+    weights = [{name: views[name][e] for name in views} for e in range(len(down))]
+    return _Plan(chosen, chosen.path, _place(module), weights)
