@@ -203,7 +203,7 @@ def test_check_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     """Law: from a shell, with prompts on standard input; stdout holds the object alone."""
     outcome = run_apart(
         "generate", model, "--prompts", "-", "--check", "--json", "--max-new-tokens", "8",
-        "--expert-memory", SLOTS_SHARE, cwd=tmp_path, stdin="one\ntwo\n",
+        "--exact", "--expert-memory", SLOTS_SHARE, cwd=tmp_path, stdin="one\ntwo\n",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "Traceback" not in outcome.err
@@ -211,10 +211,35 @@ def test_check_in_a_process_of_its_own(model: Path, tmp_path: Path) -> None:
     compared = found["parity"]
     assert "transformers" in compared.pop("reference")
     assert compared == {
-        "mode": "bit-for-bit", "dtype": "float32", "tokens_compared": 16, "identical": True,
+        "mode": "exact", "dtype": "float32", "tokens_compared": 16, "identical": True,
         "max_abs_logit_diff": 0.0,
     }  # fmt: skip
     assert END not in found["results"][0]["text"]
+
+
+def test_fast_check_in_float32(capsys: Capsys, model: Path) -> None:
+    """Law: without --exact a float32 model is checked by its greedy tokens."""
+    outcome = run_here(
+        capsys, "generate", model, "--prompt", "one", "--check", "--json", "--max-new-tokens", "8",
+        "--expert-memory", SLOTS_SHARE,
+    )  # fmt: skip
+    compared = json.loads(outcome.out)["parity"]
+    assert (compared["mode"], compared["dtype"]) == ("fast", "float32")
+    assert (compared["tokens_compared"], compared["greedy_tokens_equal"]) == (8, True)
+    assert (compared["positions"], compared["rms_ratio"]) == (0, None)
+
+
+def test_fast_check_in_bfloat16(capsys: Capsys, model: Path) -> None:
+    """Law: 200 positions of logits are compared with float32, however few tokens were asked for."""
+    outcome = run_here(
+        capsys, "generate", model, "--prompt", "one", "--check", "--json", "--max-new-tokens", "8",
+        "--expert-memory", SLOTS_SHARE, "--dtype", "bfloat16", "--linears",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    compared = json.loads(outcome.out)["parity"]
+    assert compared["greedy_tokens_equal"] is True
+    assert compared["positions"] >= 200
+    assert 0 < compared["rms_distance"] <= 1.1 * compared["eager_rms_distance"]
 
 
 def test_check_finds_a_difference(capsys: Capsys, model: Path, tmp_path: Path) -> None:
@@ -228,8 +253,9 @@ def test_check_finds_a_difference(capsys: Capsys, model: Path, tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parity, "_REFERENCE_SCRIPT", script)
         outcome = run_here(
-            capsys, "generate", model, "--prompt", "a", "--max-new-tokens", "3", "--check", "--json"
-        )
+            capsys, "generate", model, "--prompt", "a", "--max-new-tokens", "3", "--check",
+            "--json", "--exact",
+        )  # fmt: skip
     assert "logits of prompt 0 differ by up to 1" in outcome.error()
     found = json.loads(outcome.out)
     assert found["parity"]["identical"] is False

@@ -46,7 +46,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, dtype: str) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*expert slots are fewer.*")
-        return moe_runtime.load(folder, expert_memory=EXPERT_MEMORY, dtype=DTYPES[dtype])
+        return moe_runtime.load(
+            folder, expert_memory=EXPERT_MEMORY, exact=True, dtype=DTYPES[dtype]
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

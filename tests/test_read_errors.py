@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(params=[False, True], ids=["direct", "page-cache"])
 def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[PreTrainedModel]:
-    loaded = moe_runtime.load(folder, expert_memory="40%", page_cache=request.param)
+    loaded = moe_runtime.load(folder, expert_memory="40%", exact=True, page_cache=request.param)
     yield loaded
     moe_runtime.handle(loaded).close()
 
@@ -62,7 +62,7 @@ def test_truncated_while_in_use(model: PreTrainedModel, folder: Path) -> None:
         ):
             tokens(model)
     weights(folder).write_bytes(whole)
-    with moe_runtime.handle(moe_runtime.load(folder, expert_memory="40%")) as again:
+    with moe_runtime.handle(moe_runtime.load(folder, expert_memory="40%", exact=True)) as again:
         assert tokens(again._root) == expected
 
 
@@ -125,7 +125,7 @@ def test_short_reads_are_read_on(
 
 def test_no_thread_outlives_an_error(folder: Path) -> None:
     before = {thread.name for thread in threading.enumerate() if DISK_THREADS in thread.name}
-    loaded = moe_runtime.load(folder, expert_memory="40%")
+    loaded = moe_runtime.load(folder, expert_memory="40%", exact=True)
     with weights(folder).open("r+b") as stream:
         stream.truncate(1000)
     with pytest.raises(ExpertReadError):

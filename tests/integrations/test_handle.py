@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*expert slots are fewer")
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoints) -> nn.Module:
     """Shared by the tests that must leave it unharmed."""
-    return moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    return moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_what_changes_nothing_works(
 
 def test_training_is_refused(checkpoint: Checkpoints) -> None:
     """Law: a forward in training mode that needs gradients raises with the remedy."""
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     model.train()
     with pytest.raises(OffloadedExpertsError, match=r"for inference; call model\.eval\(\)"):
         model(input_ids=prompt())
@@ -114,7 +114,7 @@ def test_training_is_refused(checkpoint: Checkpoints) -> None:
 
 def test_backward_is_refused(checkpoint: Checkpoints) -> None:
     """Law: with gradients on, an eval forward is right and its backward raises."""
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     logits = model(input_ids=prompt()).logits
     assert torch.equal(logits, logits_of(load_unmodified(checkpoint("mixtral")), prompt()))
     with pytest.raises(OffloadedExpertsError, match="no gradient flows through"):
@@ -133,7 +133,7 @@ def test_restore_makes_the_model_whole(checkpoint: Checkpoints, name: str) -> No
     """Law: after restore() a loaded model is the unmodified one: names, bits, class, behaviour."""
     dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
     theirs = load_unmodified(checkpoint(name), dtype)
-    ours = moe_runtime.load(checkpoint(name), expert_memory="20%", dtype=dtype)
+    ours = moe_runtime.load(checkpoint(name), expert_memory="20%", exact=True, dtype=dtype)
     logits_of(ours, prompt())
     threads = threading.active_count()
     handle = moe_runtime.handle(ours)
@@ -156,7 +156,7 @@ def test_restore_makes_the_model_whole(checkpoint: Checkpoints, name: str) -> No
 
 def test_restored_model_saves(checkpoint: Checkpoints, tmp_path: Path) -> None:
     """Law: a restored model saves a checkpoint that transformers reads as the first."""
-    ours = moe_runtime.load(checkpoint("mixtral"), expert_memory="20%")
+    ours = moe_runtime.load(checkpoint("mixtral"), expert_memory="20%", exact=True)
     moe_runtime.handle(ours).restore()
     ours.save_pretrained(tmp_path)
     found, wanted = load_unmodified(tmp_path), load_unmodified(checkpoint("mixtral"))
@@ -173,7 +173,7 @@ def test_restore_without_memory_keeps_the_offload(
     """Law: a restore that does not fit raises BudgetError and the model still runs."""
     from moe_runtime.integrations.transformers import handle as module
 
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     monkeypatch.setattr(module, "available_memory_bytes", lambda: 1000)
     with pytest.raises(BudgetError, match=r"restoring takes .* and 1000 B are free"):
         moe_runtime.handle(model).restore()
@@ -183,7 +183,7 @@ def test_restore_without_memory_keeps_the_offload(
 def test_close_ends_the_model(checkpoint: Checkpoints) -> None:
     """Law: after close() no thread, file or slot is left, and a forward says why it cannot run."""
     before = threads_and_files()
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     logits_of(model, prompt())
     handle = moe_runtime.handle(model)
     assert threads_and_files() != before
@@ -198,7 +198,7 @@ def test_close_ends_the_model(checkpoint: Checkpoints) -> None:
 
 def test_leaving_the_context_closes_a_loaded_model(checkpoint: Checkpoints) -> None:
     """Law: the handle of a loaded model, left as a context, frees everything."""
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     with moe_runtime.handle(model) as handle:
         logits_of(model, prompt())
         assert handle.report()["cache"]["misses"] > 0
@@ -209,7 +209,7 @@ def test_leaving_the_context_closes_a_loaded_model(checkpoint: Checkpoints) -> N
 def test_dropping_the_model_frees_it(checkpoint: Checkpoints) -> None:
     """Law: a model that is simply forgotten leaves no thread and no open file."""
     before = threads_and_files()
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     logits_of(model, prompt())
     assert threads_and_files() != before
     del model

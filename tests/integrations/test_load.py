@@ -30,7 +30,7 @@ class Pair:
     """The same checkpoint, offloaded and unmodified."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.ours = moe_runtime.load(folder, expert_memory=FEW_SLOTS, dtype=dtype)
+        self.ours = moe_runtime.load(folder, expert_memory=FEW_SLOTS, exact=True, dtype=dtype)
         self.unmodified = load_unmodified(folder, dtype)
 
     def same_ids(self, input_ids: torch.Tensor, **settings: Any) -> torch.Tensor:
@@ -117,7 +117,7 @@ def test_nan_weights_behave_as_in_transformers(tmp_path: Path) -> None:
     model = tiny_model("mixtral")
     model.model.layers[1].mlp.experts.down_proj.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
-    ours = moe_runtime.load(tmp_path, expert_memory=FEW_SLOTS)
+    ours = moe_runtime.load(tmp_path, expert_memory=FEW_SLOTS, exact=True)
     found, expected = (logits_of(m, prompt(3, 12)) for m in (ours, load_unmodified(tmp_path)))
     assert found.isnan().any()
     assert torch.equal(found.isnan(), expected.isnan())
@@ -173,7 +173,11 @@ def test_policies_and_page_cache(checkpoint: Checkpoints) -> None:
     for policy in ("lru", "lfu"):
         for page_cache in (False, True):
             model = moe_runtime.load(
-                checkpoint("mixtral"), expert_memory="40%", policy=policy, page_cache=page_cache
+                checkpoint("mixtral"),
+                expert_memory="40%",
+                exact=True,
+                policy=policy,
+                page_cache=page_cache,
             )
             assert torch.equal(logits_of(model, prompt()), expected)
             report = moe_runtime.handle(model).report()
@@ -183,7 +187,7 @@ def test_policies_and_page_cache(checkpoint: Checkpoints) -> None:
 
 def test_report_counts_what_was_read(checkpoint: Checkpoints) -> None:
     """Law: misses times bytes per expert is what was read, but for alignment."""
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="35%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="35%", exact=True)
     for seed in range(4):
         logits_of(model, prompt(1, 1, seed))
     cache = moe_runtime.handle(model).report()["cache"]
@@ -212,7 +216,7 @@ def test_dtypes_and_settings_as_from_pretrained(
     checkpoint: Checkpoints, name: str, settings: dict[str, Any]
 ) -> None:
     """Law: dtype, buffers, attention and logits follow from_pretrained, casts included."""
-    ours = moe_runtime.load(checkpoint(name), expert_memory="25%", **settings)
+    ours = moe_runtime.load(checkpoint(name), expert_memory="25%", exact=True, **settings)
     theirs = AutoModelForCausalLM.from_pretrained(
         checkpoint(name), experts_implementation="eager", **settings
     )
@@ -269,10 +273,10 @@ def test_a_restored_model_outlives_its_files(checkpoint: Checkpoints, tmp_path: 
 
 def test_tied_weights_stay_tied(checkpoint: Checkpoints) -> None:
     """Law: a tied head is the embedding itself, and counts once."""
-    model = moe_runtime.load(checkpoint("mixtral_tied"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral_tied"), expert_memory="25%", exact=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     memory = moe_runtime.handle(model).report()["memory"]
-    untied = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    untied = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     difference = moe_runtime.handle(untied).report()["memory"]["dense_bytes"]
     assert difference - memory["dense_bytes"] == model.lm_head.weight.nbytes
     assert torch.equal(
@@ -282,7 +286,7 @@ def test_tied_weights_stay_tied(checkpoint: Checkpoints) -> None:
 
 def test_generation_config_and_class(checkpoint: Checkpoints) -> None:
     """Law: the saved generation config is in force, and the class is transformers' own."""
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%")
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", exact=True)
     assert model.generation_config.repetition_penalty == 1.25
     assert type(model) is type(load_unmodified(checkpoint("mixtral")))
     assert isinstance(model, PreTrainedModel)
@@ -292,7 +296,7 @@ def test_generation_config_and_class(checkpoint: Checkpoints) -> None:
 def test_loading_info(checkpoint: Checkpoints) -> None:
     """Law: output_loading_info reports no tensor as missing or unexpected."""
     model, info = moe_runtime.load(
-        checkpoint("mixtral"), expert_memory="25%", output_loading_info=True
+        checkpoint("mixtral"), expert_memory="25%", exact=True, output_loading_info=True
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -301,7 +305,9 @@ def test_loading_info(checkpoint: Checkpoints) -> None:
 
 def test_config_attributes_are_arguments(checkpoint: Checkpoints) -> None:
     """Law: attributes of the config may be given, as to from_pretrained."""
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory="25%", sliding_window=6)
+    model = moe_runtime.load(
+        checkpoint("mixtral"), expert_memory="25%", exact=True, sliding_window=6
+    )
     theirs = AutoModelForCausalLM.from_pretrained(
         checkpoint("mixtral"), experts_implementation="eager", sliding_window=6
     )
@@ -314,7 +320,7 @@ def test_sharded_checkpoint(tmp_path: Path, checkpoint: Checkpoints) -> None:
     model = load_unmodified(checkpoint("mixtral"))
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 10
-    ours = moe_runtime.load(tmp_path, expert_memory=FEW_SLOTS)
+    ours = moe_runtime.load(tmp_path, expert_memory=FEW_SLOTS, exact=True)
     expected = logits_of(load_unmodified(tmp_path), prompt())
     assert torch.equal(logits_of(ours, prompt()), expected)
 
@@ -329,7 +335,7 @@ def test_no_copy_on_disk(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = checkpoint("mixtral")
     before = {f: (f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*")}
-    model = moe_runtime.load(folder, expert_memory="25%")
+    model = moe_runtime.load(folder, expert_memory="25%", exact=True)
     logits_of(model, prompt())
     assert {f: (f.stat().st_size, f.stat().st_mtime_ns) for f in folder.rglob("*")} == before
     assert list(tmp_path.iterdir()) == []
@@ -343,7 +349,7 @@ def test_budget_is_kept(
     checkpoint: Checkpoints, expert_memory: str | float, num_slots: int | None
 ) -> None:
     """Law: slots take at most what was allowed, and never more than all experts."""
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory=expert_memory)
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory=expert_memory, exact=True)
     handle = moe_runtime.handle(model)
     slot_bytes = handle.engine.slots.slot_bytes
     if isinstance(expert_memory, int):
@@ -357,13 +363,13 @@ def test_budget_is_kept(
 def test_below_the_floor(checkpoint: Checkpoints) -> None:
     """Law: too little memory raises BudgetError with the floor, and the floor itself works."""
     with pytest.raises(BudgetError, match=r"below the floor of .*set expert_memory=\d+") as caught:
-        moe_runtime.load(checkpoint("mixtral"), expert_memory="1KiB")
+        moe_runtime.load(checkpoint("mixtral"), expert_memory="1KiB", exact=True)
     found = re.search(r"expert_memory=(\d+)", str(caught.value))
     assert found is not None
     floor = int(found.group(1))
     with pytest.raises(BudgetError):
         moe_runtime.load(checkpoint("mixtral"), expert_memory=floor - 1)
-    model = moe_runtime.load(checkpoint("mixtral"), expert_memory=floor)
+    model = moe_runtime.load(checkpoint("mixtral"), expert_memory=floor, exact=True)
     assert moe_runtime.handle(model).budget.num_slots == 2
     expected = logits_of(load_unmodified(checkpoint("mixtral")), prompt(2, 60))
     assert torch.equal(logits_of(model, prompt(2, 60)), expected)
@@ -388,7 +394,7 @@ def test_max_memory(checkpoint: Checkpoints) -> None:
 def test_few_slots_warn(checkpoint: Checkpoints) -> None:
     """Law: a budget in which the cache cannot hit says so once and says what would."""
     with pytest.warns(UserWarning, match=r"3 expert slots are fewer than the 8 .* let the cache"):
-        moe_runtime.load(checkpoint("mixtral"), expert_memory=FEW_SLOTS)
+        moe_runtime.load(checkpoint("mixtral"), expert_memory=FEW_SLOTS, exact=True)
 
 
 # --- refusals ---
@@ -483,7 +489,7 @@ def test_file_that_changes_stops(tmp_path: Path) -> None:
     from moe_runtime.errors import ExpertReadError
 
     tiny_model("mixtral").save_pretrained(tmp_path)
-    model = moe_runtime.load(tmp_path, expert_memory=FEW_SLOTS)
+    model = moe_runtime.load(tmp_path, expert_memory=FEW_SLOTS, exact=True)
     logits_of(model, prompt())
     os.truncate(tmp_path / "model.safetensors", 5000)
     with pytest.raises(ExpertReadError, match=r"model\.safetensors.* offset \d+"):

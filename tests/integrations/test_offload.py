@@ -116,7 +116,7 @@ def test_model_in_memory(model_type: str, dtype: torch.dtype, spills: Path) -> N
     expected = logits_of(model, input_ids)
     settings = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 5}
     ids = model.generate(input_ids, do_sample=False, **settings)
-    handle = moe_runtime.offload(model, expert_memory=0.1)
+    handle = moe_runtime.offload(model, expert_memory=0.1, exact=True)
     assert handle is moe_runtime.handle(model)
     assert len(list(spills.iterdir())) == 1
     assert sum(p.numel() for n, p in model.named_parameters() if "experts" in n) == 0
@@ -139,7 +139,7 @@ def test_module_lists(dtype: torch.dtype, policy: str, spills: Path) -> None:
     inputs = [torch.randn(2, n, MODEL_DIM).to(dtype) for n in (1, 30, 1, 7)]
     with torch.no_grad():
         expected = [model(x) for x in inputs]
-        with moe_runtime.offload(model, expert_memory="20%", policy=policy) as handle:
+        with moe_runtime.offload(model, expert_memory="20%", exact=True, policy=policy) as handle:
             assert handle.budget.num_slots == 24 // 5
             assert all(p.is_meta for n, p in model.named_parameters() if ".experts." in n)
             for x, y in zip(inputs, expected, strict=True):
@@ -157,7 +157,7 @@ def test_a_module_list_itself(spills: Path) -> None:
     before, x = snapshot(block), torch.randn(1, 9, MODEL_DIM)
     with torch.no_grad():
         expected = block(x)
-        with moe_runtime.offload(block.experts, expert_memory=0.25):
+        with moe_runtime.offload(block.experts, expert_memory=0.25, exact=True):
             assert torch.equal(block(x), expected)
             assert len(moe_runtime.handle(block).report()["cache"]["per_layer"]) == 1
     assert_restored(block, before)
@@ -169,7 +169,7 @@ def test_one_block_of_a_model() -> None:
     x = torch.randn(1, 9, MODEL_DIM)
     with torch.no_grad():
         expected = model(x)
-        with moe_runtime.offload(model.blocks[1], expert_memory=0.25):
+        with moe_runtime.offload(model.blocks[1], expert_memory=0.25, exact=True):
             assert torch.equal(model(x), expected)
             assert not any(p.is_meta for p in model.blocks[0].parameters())
         assert torch.equal(model(x), expected)
@@ -179,7 +179,7 @@ def test_lists_of_layers_are_not_experts() -> None:
     """Law: a ModuleList given itself whose modules hold experts is searched, not taken for one."""
     model = tiny_model("mixtral")
     before, expected = snapshot(model), logits_of(model, prompt())
-    with moe_runtime.offload(model.model.layers, expert_memory=0.1) as handle:
+    with moe_runtime.offload(model.model.layers, expert_memory=0.1, exact=True) as handle:
         assert [layer["name"] for layer in handle.report()["cache"]["per_layer"]] == [
             f"{layer}.mlp.experts" for layer in range(4)
         ]
@@ -189,7 +189,7 @@ def test_lists_of_layers_are_not_experts() -> None:
     x = torch.randn(1, 9, MODEL_DIM)
     with torch.no_grad():
         output = remote(x)
-        with moe_runtime.offload(remote.blocks, expert_memory=0.25) as handle:
+        with moe_runtime.offload(remote.blocks, expert_memory=0.25, exact=True) as handle:
             assert len(handle.report()["cache"]["per_layer"]) == 3
             assert torch.equal(remote(x), output)
 
@@ -199,7 +199,7 @@ def test_gradients_of_module_lists() -> None:
     model = RemoteModel()
     x = torch.randn(1, 9, MODEL_DIM)
     expected = model(x)
-    with moe_runtime.offload(model, expert_memory=0.25):
+    with moe_runtime.offload(model, expert_memory=0.25, exact=True):
         found = model(x)
         assert torch.equal(found, expected)
         with pytest.raises(OffloadedExpertsError, match="no gradient flows"):
@@ -229,7 +229,7 @@ def test_refusals_harm_nothing(name: str) -> None:
     x = torch.randn(1, 9, MODEL_DIM)
     with torch.no_grad():
         expected = model(x)
-        with moe_runtime.offload(model, expert_memory=0.25):
+        with moe_runtime.offload(model, expert_memory=0.25, exact=True):
             with pytest.raises(OffloadedExpertsError, match=r"restore\(\)"):
                 REFUSED[name](model)
             assert torch.equal(model(x), expected)
@@ -242,7 +242,7 @@ def test_error_inside_an_expert_leaves_it_clean() -> None:
     x = torch.randn(1, 9, MODEL_DIM)
     with torch.no_grad():
         expected = model(x)
-        with moe_runtime.offload(model, expert_memory=0.25):
+        with moe_runtime.offload(model, expert_memory=0.25, exact=True):
             with pytest.raises(RuntimeError, match="mat1 and mat2"):
                 model.blocks[0].experts[0](torch.randn(1, MODEL_DIM + 1))
             assert all(p.is_meta for n, p in model.named_parameters() if ".experts." in n)
@@ -252,7 +252,7 @@ def test_error_inside_an_expert_leaves_it_clean() -> None:
 def test_close_removes_the_spill(spills: Path) -> None:
     """Law: close() removes what was written; the model then says that its experts are gone."""
     model = tiny_model("mixtral")
-    handle = moe_runtime.offload(model, expert_memory=0.25)
+    handle = moe_runtime.offload(model, expert_memory=0.25, exact=True)
     handle.close()
     handle.close()
     assert list(spills.iterdir()) == []
@@ -263,7 +263,7 @@ def test_close_removes_the_spill(spills: Path) -> None:
 def test_forgotten_model_leaves_no_spill(spills: Path) -> None:
     """Law: a model that is dropped without close() takes what was written with it."""
     model = tiny_model("mixtral")
-    moe_runtime.offload(model, expert_memory=0.25)
+    moe_runtime.offload(model, expert_memory=0.25, exact=True)
     logits_of(model, prompt())
     assert list(spills.iterdir()) != []
     del model
@@ -290,7 +290,7 @@ def test_ended_program_leaves_no_spill(spills: Path) -> None:
 
 def test_close_inside_the_context(spills: Path) -> None:
     """Law: leaving the context of a handle that was closed inside raises nothing."""
-    with moe_runtime.offload(tiny_model("mixtral"), expert_memory=0.25) as handle:
+    with moe_runtime.offload(tiny_model("mixtral"), expert_memory=0.25, exact=True) as handle:
         handle.close()
     assert list(spills.iterdir()) == []
 
@@ -299,7 +299,10 @@ def test_error_inside_the_context_restores(spills: Path) -> None:
     """Law: an exception in the `with` body reaches the user, and the model comes back."""
     model = tiny_model("mixtral")
     before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), moe_runtime.offload(model, expert_memory=0.25):
+    with (
+        pytest.raises(ZeroDivisionError),
+        moe_runtime.offload(model, expert_memory=0.25, exact=True),
+    ):
         raise ZeroDivisionError
     assert_restored(model, before)
     assert list(spills.iterdir()) == []
@@ -309,7 +312,9 @@ def test_offload_folder(tmp_path: Path, spills: Path) -> None:
     """Law: the experts are written below the folder that was asked for, and removed from there."""
     folder = tmp_path / "mine"
     folder.mkdir()
-    with moe_runtime.offload(tiny_model("mixtral"), expert_memory=0.25, offload_folder=folder):
+    with moe_runtime.offload(
+        tiny_model("mixtral"), expert_memory=0.25, exact=True, offload_folder=folder
+    ):
         assert len(list(folder.glob("*/*.safetensors"))) == 4
         assert list(spills.iterdir()) == []
     assert list(folder.iterdir()) == []
@@ -329,7 +334,7 @@ def test_below_the_floor(spills: Path) -> None:
     model = tiny_model("mixtral")
     before = snapshot(model)
     with pytest.raises(BudgetError, match=r"floor of .*set expert_memory=\d+"):
-        moe_runtime.offload(model, expert_memory="1KiB")
+        moe_runtime.offload(model, expert_memory="1KiB", exact=True)
     assert list(spills.iterdir()) == []
     assert_restored(model, before)
 
@@ -340,7 +345,7 @@ def test_full_disk(spills: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(model)
     disk_full(monkeypatch)
     with pytest.raises(OSError, match="No space left"):
-        moe_runtime.offload(model, expert_memory=0.25)
+        moe_runtime.offload(model, expert_memory=0.25, exact=True)
     assert list(spills.iterdir()) == []
     assert_restored(model, before)
 
@@ -373,7 +378,7 @@ def test_experts_that_share_memory(spills: Path) -> None:
     x = torch.randn(1, 9, MODEL_DIM)
     with torch.no_grad():
         expected = model(x)
-        with moe_runtime.offload(model, expert_memory=0.25):
+        with moe_runtime.offload(model, expert_memory=0.25, exact=True):
             assert torch.equal(model(x), expected)
         assert torch.equal(model(x), expected)
 
@@ -382,7 +387,7 @@ def test_two_offloads_share_nothing() -> None:
     """Law: two models offloaded at once, used in turn, do not disturb each other."""
     models = [tiny_model("mixtral", seed) for seed in (1, 2)]
     expected = [logits_of(model, prompt()) for model in models]
-    handles = [moe_runtime.offload(model, expert_memory=0.1) for model in models]
+    handles = [moe_runtime.offload(model, expert_memory=0.1, exact=True) for model in models]
     for _ in range(2):
         for model, logits in zip(models, expected, strict=True):
             assert torch.equal(logits_of(model, prompt()), logits)
@@ -405,7 +410,7 @@ class TwoOutputs(nn.Module):
 def test_an_expert_that_returns_a_tuple_does_not_lose_gradients_silently() -> None:
     """Law: backward through offloaded experts raises, whatever shape their output has."""
     experts = nn.ModuleList(TwoOutputs() for _ in range(3)).eval()
-    with moe_runtime.offload(experts, expert_memory=0.5):
+    with moe_runtime.offload(experts, expert_memory=0.5, exact=True):
         output, note = experts[1](torch.ones(2, 8, requires_grad=True))
         assert note == "note"
         with pytest.raises(OffloadedExpertsError, match="no gradient"):

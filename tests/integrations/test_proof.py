@@ -161,7 +161,8 @@ def test_offloaded_equals_the_class_itself(
     with torch.no_grad():
         expected = [block(*call) for call in calls]
         for num_slots in (TOP_K, 3, NUM_EXPERTS):
-            with moe_runtime.offload(block, num_slots / NUM_EXPERTS + 0.01 * (num_slots < 5)):
+            share = num_slots / NUM_EXPERTS + 0.01 * (num_slots < 5)
+            with moe_runtime.offload(block, share, exact=True):
                 for (hidden, index, scores), output in zip(calls, expected, strict=True):
                     assert torch.equal(block(hidden, index, scores), output)
                     assert torch.equal(block(hidden, index, **{names[2]: scores}), output)

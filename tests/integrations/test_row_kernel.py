@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(folder: Path, **settings: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few slots are the point
-        return moe_runtime.load(folder, expert_memory="40%", **settings)
+        return moe_runtime.load(folder, expert_memory="40%", exact=True, **settings)
 
 
 def row_kernels(model: Any) -> list[object]:

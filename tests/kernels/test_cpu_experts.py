@@ -201,9 +201,10 @@ def test_activations_do_not_overflow(bf16: CpuExperts, size: float) -> None:
         step = kernel.step(v, torch.arange(63), torch.ones(63), num_up=1, ffn=1, gate=gate)
         found = step.run([ones], [ones], [(0, 63)], is_last=True)
         assert found is not None
-        # e^x in float32, of an argument that is itself rounded; -0 and 0 are the same.
+        # e^x in float32, of an argument that is itself rounded. Of numbers far below zero torch's
+        # 1 + tanh has nothing left, ours has.
         torch.testing.assert_close(
-            found, ACTIVATIONS[gate](v.double()).float(), rtol=2e-5, atol=1e-30 * size
+            found, ACTIVATIONS[gate](v.double()).float(), rtol=2e-5, atol=1e-14
         )
 
 

@@ -59,7 +59,7 @@ def measure_steps(
     reads: list[list[float]] = [[] for _ in kinds]
     for done in range(rounds + 1):  # the first warms up
         for n, (_, num_experts, rows_each) in enumerate(kinds):
-            read = _gbps(pool, num_experts, lambda: kernel.read(pool.next_bytes(num_experts)))
+            read = _gbps(pool, num_experts, _read(kernel, pool, num_experts))
             step = _gbps(pool, num_experts, _step(kernel, pool, num_experts, rows_each))
             if done:
                 ratios[n].append(step / read)
@@ -122,8 +122,14 @@ class _Pool:
     def weights(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         begin = expert * self.expert_bytes
         values = self._bytes[begin : begin + self.expert_bytes].view(torch.bfloat16)
-        up, down = values.split([2 * self.ffn * self.dim, self.ffn * self.dim])
-        return up.view(2 * self.ffn, self.dim), down.view(self.dim, self.ffn)
+        num_up = 2 * self.ffn * self.dim
+        return values[:num_up].view(-1, self.dim), values[num_up:].view(self.dim, self.ffn)
+
+
+def _read(kernel: CpuExperts, pool: _Pool, num_experts: int) -> Callable[[], None]:
+    """A read of as many bytes as that many experts have."""
+    part = pool.next_bytes(num_experts)
+    return lambda: kernel.read(part)
 
 
 def _step(kernel: CpuExperts, pool: _Pool, num_experts: int, rows_each: int) -> Callable[[], None]:

@@ -116,7 +116,7 @@ def random_model(preset: Preset) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             preset.config(), dtype=torch.bfloat16
         )
-    model.to_empty(device="cpu")  # type: ignore[arg-type]
+    model.to_empty(device="cpu")
     for module in model.modules():  # rotary frequencies, which no checkpoint holds
         has_buffers = any(True for _ in module.buffers(recurse=False))
         if has_buffers and not any(True for _ in module.parameters()):
@@ -131,7 +131,8 @@ def random_model(preset: Preset) -> PreTrainedModel:
         for begin in range(0, flat.numel(), len(start)):
             part = flat[begin : begin + len(start)]
             part.copy_(start[: len(part)])
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _use(model: PreTrainedModel, variant: str) -> None:
