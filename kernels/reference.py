@@ -1,11 +1,14 @@
 """Plain loops that say what each kernel computes: the truth of the tests."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.nn import functional
 
-# N rows and K columns of a weight
-# T tokens, D model dim, F ffn dim, U rows of an up matrix, R rows: (token, expert) pairs by expert
+# N rows and K columns of a weight; T tokens, K experts a token, E experts, S slots, R sorted rows
+# of the CPU kernels: D model dim, F ffn dim, U rows of an up matrix
 
 
 def bf16_gemv_reference(w_NK: torch.Tensor, x_K: torch.Tensor, k_block: int) -> torch.Tensor:
@@ -60,7 +63,7 @@ def unpack_reference(block: torch.Tensor, N: int, K: int) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.int16).view(torch.bfloat16)
 
 
-def experts_reference(
+def cpu_experts_reference(
     x_TD: torch.Tensor,
     up: Sequence[torch.Tensor],
     down: Sequence[torch.Tensor],
@@ -82,3 +85,191 @@ def experts_reference(
             h_F = gate(w_up.double() @ x_TD[token].double())
             out_TD[token] += float(weight_R[row]) * (w_down.double() @ h_F)
     return out_TD
+
+
+def route_reference(
+    logits_TE: torch.Tensor,
+    *,
+    top_k: int,
+    scoring: str,
+    bias_E: torch.Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "best",
+    normalize: bool = False,
+    scaling: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`topk.route`, one token and one choice at a time: weights and experts `[T, K]`."""
+    T, E = logits_TE.shape
+    weights_TK = torch.empty(T, top_k)
+    experts_TK = torch.empty(T, top_k, dtype=torch.int32)
+    group_size = E // num_groups
+    for t in range(T):
+        logits = logits_TE[t].float()
+        score = {
+            "softmax": logits.softmax(0),
+            "sigmoid": logits.sigmoid(),
+            "chosen_softmax": logits,
+        }[scoring]
+        choice = (score if bias_E is None else score + bias_E.float()).tolist()
+        choice = [value if value == value else -math.inf for value in choice]  # NaN is last
+        worth = {}
+        for group in range(num_groups):
+            members = sorted(choice[group * group_size : (group + 1) * group_size], reverse=True)
+            worth[group] = members[0] if group_score == "best" else members[0] + members[1]
+        kept = sorted(worth, key=lambda group: (-worth[group], group))[:top_groups]
+        allowed = [e for e in range(E) if e // group_size in kept]
+        chosen = sorted(allowed, key=lambda e: (-choice[e], e))[:top_k]
+        weight = score[chosen]
+        if scoring == "chosen_softmax":
+            weight = weight.softmax(0)
+        elif normalize:
+            weight = weight / (weight.sum() + 1e-20)
+        weights_TK[t] = weight * scaling
+        experts_TK[t] = torch.tensor(chosen)
+    return weights_TK, experts_TK
+
+
+def sort_pairs_reference(
+    experts_TK: torch.Tensor,
+    num_experts: int,
+    block_rows: int,
+    slots_E: torch.Tensor | None = None,
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """`permute.sort_pairs`: (pair of each row, row of each pair, block's experts, counts).
+
+    Only the rows and blocks that are used; the kernel's tensors have room for more.
+    """
+    experts = experts_TK.flatten().tolist()
+    pairs: list[int] = []
+    rows = [-1] * len(experts)
+    block_experts: list[int] = []
+    counts = []
+    for expert in range(num_experts):
+        has_slot = slots_E is None or int(slots_E[expert]) >= 0
+        own = [pair for pair, found in enumerate(experts) if found == expert and has_slot]
+        counts.append(len(own))
+        for pair in own:
+            rows[pair] = len(pairs)
+            pairs.append(pair)
+        while len(pairs) % block_rows:
+            pairs.append(-1)
+        block_experts += [expert] * -(-len(own) // block_rows)
+    return pairs, rows, block_experts, counts
+
+
+def experts_reference(
+    x_TD: torch.Tensor,
+    experts_TK: torch.Tensor,
+    gate_up_SND: torch.Tensor,
+    down_SDF: torch.Tensor,
+    slots_E: torch.Tensor,
+    *,
+    activation: str,
+    is_interleaved: bool = False,
+    gate_up_bias_SN: torch.Tensor | None = None,
+    down_bias_SD: torch.Tensor | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grouped_gemm.gate_up` and `down` in float64: h `[T, K, F]` and `W h` `[T, K, D]`.
+
+    Pairs of an expert without a slot are NaN.
+    """
+    (T, K), (_, D, F) = experts_TK.shape, down_SDF.shape
+    h_TKF = torch.full((T, K, F), math.nan, dtype=torch.float64)
+    y_TKD = torch.full((T, K, D), math.nan, dtype=torch.float64)
+    for t in range(T):
+        for k in range(K):
+            slot = int(slots_E[int(experts_TK[t, k])])
+            if slot < 0:
+                continue
+            both = gate_up_SND[slot].double() @ x_TD[t].double()
+            if gate_up_bias_SN is not None:
+                both = both + gate_up_bias_SN[slot].double()
+            gate, up = (both[0::2], both[1::2]) if is_interleaved else both.chunk(2)
+            if activation == "clamped":
+                gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+                h = gate * torch.sigmoid(alpha * gate) * (up + 1)
+            elif activation == "gelu_tanh":
+                h = functional.gelu(gate, approximate="tanh") * up
+            else:
+                h = functional.silu(gate) * up
+            y = down_SDF[slot].double() @ h
+            if down_bias_SD is not None:
+                y = y + down_bias_SD[slot].double()
+            h_TKF[t, k], y_TKD[t, k] = h, y
+    return h_TKF, y_TKD
+
+
+def combine_reference(
+    y_RD: torch.Tensor, rows_TK: torch.Tensor, weights_TK: torch.Tensor
+) -> torch.Tensor:
+    """`combine.combine` in float64, `[T, D]`."""
+    T, K = rows_TK.shape
+    out_TD = torch.zeros(T, y_RD.shape[1], dtype=torch.float64)
+    for t in range(T):
+        for k in range(K):
+            row = int(rows_TK[t, k])
+            if row >= 0:
+                out_TD[t] += weights_TK[t, k].double() * y_RD[row].double()
+    return out_TD
+
+
+def dequantize_reference(
+    values: torch.Tensor, scales: torch.Tensor, weight_format: str, group: int = 0
+) -> torch.Tensor:
+    """`dequant.dequantize` in float64, one number at a time."""
+    S, N, K = values.shape
+    K *= 2 if weight_format in ("int4", "mxfp4") else 1
+    dense_SNK = torch.empty(S, N, K, dtype=torch.float64)
+    e2m1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    plain = values.double() if weight_format in ("int8", "fp8") else values
+    for s in range(S):
+        for n in range(N):
+            for k in range(K):
+                if weight_format == "int8":
+                    weight = float(plain[s, n, k]) * float(scales[s, n])
+                elif weight_format == "fp8":
+                    weight = float(plain[s, n, k]) * float(scales[s, n // 128, k // 128])
+                else:
+                    code = int(plain[s, n, k // 2]) >> 4 * (k % 2) & 15
+                    if weight_format == "int4":
+                        weight = (code - 8) * float(scales[s, n, k // group])
+                    else:
+                        power = int(scales[s, n, k // 32])
+                        magnitude = e2m1[code & 7] * 2.0 ** (power - 127)
+                        weight = math.nan if power == 255 else magnitude * (-1) ** (code >> 3)
+                dense_SNK[s, n, k] = weight
+    return dense_SNK
+
+
+def pack_reference(weights_NK: torch.Tensor) -> torch.Tensor:
+    """A block of bf16 weights for `unpack.unpack`, uint8, one weight at a time."""
+    K = weights_NK.shape[1]
+    words = [[word & 0xFFFF for word in row] for row in weights_NK.view(torch.int16).tolist()]
+    counts = Counter(word >> 8 for row in words for word in row)
+    table = [high for high, _ in counts.most_common(15)]
+    rows, escapes, index = bytearray(), bytearray(), []
+    for n, row in enumerate(words):
+        if n % -(-4096 // K) == 0:
+            index.append(len(escapes))
+        whole = K // 128 * 128
+        pieces = [
+            [row[tile + p // 64 * 64 + p % 16 // 8 * 32 + p % 64 // 16 * 8 + p % 8]
+             for p in range(128)]
+            for tile in range(0, whole, 128)
+        ]  # fmt: skip
+        for piece in [*pieces, row[whole:]]:
+            codes = []
+            for word in piece:
+                codes.append(table.index(word >> 8) if word >> 8 in table else 15)
+                if codes[-1] == 15:
+                    escapes.append(word >> 8)
+            half = (len(piece) + 1) // 2
+            rows += bytes(word & 255 for word in piece)
+            second = codes[half:] + [0] * (len(piece) % 2)
+            rows += bytes(low | high << 4 for low, high in zip(codes[:half], second, strict=True))
+    header = bytes(32) + bytes(table).ljust(32, b"\0")
+    starts = b"".join(start.to_bytes(4, "little") for start in [*index, len(escapes)])
+    return torch.tensor(list(header + rows + starts + escapes), dtype=torch.uint8)

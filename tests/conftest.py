@@ -1,9 +1,15 @@
 """Settings that hold for every test: repeatable property tests, one computing thread."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Triton decides when it is first imported, which importing a model of transformers does too.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "repeatable",
@@ -17,8 +23,6 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Tensors this small only lose by sharing, and sums must not depend on the machine's cores."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

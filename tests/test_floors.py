@@ -38,7 +38,7 @@ NOUNS = names(
 )
 BELOW_3 = NOUNS | names("perf kernels predictors placement memory cache")
 BELOW_4 = BELOW_3 | names("simulate scheduling parallel")
-WIRING = names("layer fast_layer engine offline")
+WIRING = names("layer fast_layer engine offline kernel_settings")
 BELOW_5 = BELOW_4 | WIRING
 BELOW_6 = BELOW_5 | names("integrations measure report")
 # The names of foreign runtimes and model formats: floor 5 is where they may be known.

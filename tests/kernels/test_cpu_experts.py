@@ -27,7 +27,7 @@ from moe_runtime.kernels.cpu.experts_status import (
     open_experts_library,
 )
 from moe_runtime.kernels.cpu.linear import CpuLinear
-from moe_runtime.kernels.reference import experts_reference
+from moe_runtime.kernels.reference import cpu_experts_reference
 
 SOURCE = Path(face.__file__).with_name("experts.c")
 CASES = [
@@ -135,7 +135,7 @@ class Layer:
         return out
 
     def expected(self, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        return experts_reference(
+        return cpu_experts_reference(
             self.x, self.up, self.down, self.rows, self.token, self.weight, gate
         )
 
