@@ -48,7 +48,7 @@ def pack(
         ):
             found = pack_model(
                 model,
-                output,
+                output.absolute(),
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 on_progress=meter.update,

@@ -32,7 +32,7 @@ def unpack(
     with terminal.waiting("starting"):
         from moe_runtime.memory.unpack_folder import unpack_folder
     with terminal.progress("unpacking, bytes") as meter:
-        found = unpack_folder(packed, output, on_progress=meter.update)
+        found = unpack_folder(packed, output.absolute(), on_progress=meter.update)
     if as_json:
         terminal.show_json(found.as_dict())
     else:
