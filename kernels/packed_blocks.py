@@ -4,9 +4,9 @@ A block holds N rows of K weights. The low byte of a weight (the last exponent b
 is stored as it is; the high byte (sign and seven exponent bits) as a 4-bit code for one of the 15
 that are most frequent in the block, or as code 15 and a byte in the escape list: 12 bits a weight
 and 8 for each escape. `docs/formats.md` has the layout. That exponents of trained weights carry
-few bits: ZipNN (Hershcovitch et al., 2024, arXiv:2411.05239, section 3) and DFloat11 (Zhang et al.,
-2025, arXiv:2504.11651, section 2.2, which uses Huffman codes where this uses fixed ones, so that a
-row can be found and computed with at once).
+few bits: ZipNN (Hershcovitch et al., 2024, arXiv:2411.05239) and DFloat11 (Zhang et al., 2025,
+arXiv:2504.11651), which use Huffman codes where this uses fixed ones, so that a row can be found
+and computed with at once.
 """
 
 import struct
