@@ -57,9 +57,14 @@ def improve(load_E: Array, starts: list[Array], *, good_enough: float, seed: int
     def busiest(holds: Array) -> float:
         return float(gpu_loads(load_E, holds).max())
 
-    best = min([*starts, *(_descend(load_E, start) for start in starts)], key=busiest)
-    least = busiest(best)
-    even = load_E.sum() / len(best)
+    even = load_E.sum() / len(starts[0])
+    best, least = starts[0], busiest(starts[0])
+    for start in starts:
+        for holds in (start, _descend(load_E, start)):
+            if busiest(holds) < least:
+                best, least = holds, busiest(holds)
+        if least <= even * good_enough:
+            return best
     current = best
     kicks = int(np.clip(_KICK_EFFORT // best.sum(), _FEWEST_KICKS, _MOST_KICKS))
     for _ in range(kicks if 1 < best[0].sum() < best.shape[1] else 0):

@@ -53,22 +53,22 @@ def _layer(load_E: Array, num_slots: int, num_gpus: int, good_enough: float) -> 
         single = first_packing(load_E, np.ones(num_slots, np.int64), num_gpus)
         return improve(load_E, [single], good_enough=good_enough)
     spare = num_slots - len(load_E)
-    counts = {tuple(_grown(load_E, np.ones(len(load_E), np.int64), spare, num_gpus))}
+    counts = [_grown(load_E, np.ones(len(load_E), np.int64), spare, num_gpus)]
     for level in _LEVELS:
-        counts |= _below(load_E, level * load_E.sum() / num_gpus, num_slots, num_gpus)
-    starts = [first_packing(load_E, np.array(count), num_gpus) for count in sorted(counts)]
+        counts += _below(load_E, level * load_E.sum() / num_gpus, num_slots, num_gpus)
+    starts = [first_packing(load_E, count, num_gpus) for count in counts]
     starts.append(_without_duplicates(load_E, num_slots, num_gpus))
     return improve(load_E, starts, good_enough=good_enough)
 
 
-def _below(load_E: Array, level: float, num_slots: int, num_gpus: int) -> set[tuple[int, ...]]:
-    """Counts with no share above `level`, spare slots to the light; none if slots are too few."""
+def _below(load_E: Array, level: float, num_slots: int, num_gpus: int) -> list[Array]:
+    """Counts with no share above `level`, spare slots to the light; [] if slots are too few."""
     count = np.clip(np.ceil(load_E / level), 1, num_gpus).astype(np.int64)
     spare = num_slots - int(count.sum())
     light = np.where(count == 1, load_E, 0.0)
     if spare < 0 or spare > int((count == 1).sum()) * (num_gpus - 1):
-        return set()
-    return {tuple(_grown(light, count, spare, num_gpus))}
+        return []
+    return [_grown(light, count, spare, num_gpus)]
 
 
 def _grown(load_E: Array, count: Array, spare: int, num_gpus: int) -> Array:

@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, help="a gpt-oss-20b trace, for gpt-oss and domains")
     parser.add_argument("--part", choices=PARTS, required=True)
+    parser.add_argument("--gpus", type=int, help="only rows with so many GPUs")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     packages = ", ".join(f"{name} {installed_version(name)}" for name in ("numpy", "scipy", "pulp"))
@@ -70,7 +71,7 @@ def measure_gpt_oss(arguments: argparse.Namespace) -> None:
         "load, held out", "load of 256, held out", "fan-out", "busiest layer, solved on",
         "lower bound", "stopped by", "seconds",
     )  # fmt: skip
-    for gpus in (4, 8):
+    for gpus in (4, 8) if arguments.gpus is None else (arguments.gpus,):
         _judge(gpus, "linear", linear(counts, gpus), learn, held_out, None)
         published = eplb(counts, gpus, num_slots=counts.num_experts)
         _judge(gpus, "EPLB as published", published, learn, held_out, None)
@@ -110,6 +111,8 @@ def measure_deepseek(arguments: argparse.Namespace) -> None:
     _head("GPUs", "nodes", "slots", "crossing", "lower bound", "gap", "stopped by", "seconds")
     counts = _counts(planted_flow(arguments.seed))
     for gpus, slots, nodes in ((8, 256, 1), (32, 256, 1), (32, 256, 4), (64, 256, 1), (64, 320, 1)):
+        if arguments.gpus not in (None, gpus):
+            continue
         problem = Problem(
             counts=counts,
             topology=Topology.of_nodes(nodes, gpus, inter=2.0 if nodes > 1 else 1.0),
