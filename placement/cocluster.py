@@ -46,7 +46,8 @@ def group_tokens(counts_VE: Array, gpu_E: Array, num_gpus: int, theta: float) ->
     for gpu in range(num_gpus):
         mass_VG[:, gpu] = counts_VE[:, gpu_E == gpu].sum(axis=1)
     if theta == 0:
-        return mass_VG.argmax(axis=1).astype(np.int32)
+        most: Array = mass_VG.argmax(axis=1).astype(np.int32)
+        return most
     size_V = mass_VG.sum(axis=1)
     mean = size_V.sum() / num_gpus
     group_V = np.full(len(size_V), -1, np.int32)

@@ -219,4 +219,5 @@ def _unary(problem: Problem, expert: Array, cocluster_unary: Array | None) -> Ar
 
 def _loads(loads_LE: Array, expert: Array, replicas: Array, gpus: int) -> Array:
     shares = np.take_along_axis(loads_LE, expert.astype(np.int64), axis=1) / replicas
-    return shares * gpus / loads_LE.sum(axis=1, keepdims=True)
+    relative: Array = shares * gpus / loads_LE.sum(axis=1, keepdims=True)
+    return relative

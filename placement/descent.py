@@ -75,4 +75,5 @@ def _assign(cost_GP: Array) -> Array:
     """`[P]` int32: the cheapest GPU for each item, P / G items each."""
     capacity = cost_GP.shape[1] // cost_GP.shape[0]
     _, places = linear_sum_assignment(np.repeat(cost_GP, capacity, axis=0).T)
-    return (places // capacity).astype(np.int32)
+    gpu: Array = (places // capacity).astype(np.int32)
+    return gpu

@@ -24,10 +24,10 @@ _CHUNK_PAIRS = 4_000_000  # bounds the memory of one step
 def num_steps(model: CostModel) -> float:
     """Pairs of states that the programme looks at; inf where it does not apply."""
     if model.is_replicated:
-        return np.inf
+        return float("inf")
     states = factorial(model.num_items) // factorial(model.capacity) ** model.num_gpus
     if states > _MAX_STATES:
-        return np.inf
+        return float("inf")
     names = factorial(model.num_gpus) if model.has_free_names else 1
     return states / names * states * model.num_layers
 
@@ -110,7 +110,8 @@ def _in_order(state: Array, num_gpus: int) -> Array:
 def _one_hot(states: Array, num_gpus: int) -> Array:
     """`[S, E x G]` float64."""
     found = states[:, :, None] == np.arange(num_gpus)[None, None, :]
-    return found.reshape(len(states), -1).astype(np.float64)
+    flat: Array = found.reshape(len(states), -1).astype(np.float64)
+    return flat
 
 
 def _own_costs(model: CostModel, layer: int, states: Array, one_hot: Array) -> Array:

@@ -173,7 +173,8 @@ def _named_in_order(gpu: Array) -> Array:
 
 def _read(model: CostModel, x: list[list[list[Any]]]) -> Array:
     values = [[[g.value() or 0.0 for g in item] for item in layer] for layer in x]
-    return np.array(values).argmax(axis=2).astype(np.int32)
+    gpu: Array = np.array(values).argmax(axis=2).astype(np.int32)
+    return gpu
 
 
 def _dual_bound(programme: Any, solver: str, is_optimal: bool) -> float:

@@ -82,4 +82,5 @@ def _match(model: CostModel, layer: int, pool: list[Array]) -> tuple[Array, Arra
 
 def _indicator(gpu: Array, num_gpus: int) -> Array:
     """`[G, P]` float64: 1 where GPU g has item p."""
-    return (gpu[None, :] == np.arange(num_gpus)[:, None]).astype(np.float64)
+    found: Array = (gpu[None, :] == np.arange(num_gpus)[:, None]).astype(np.float64)
+    return found

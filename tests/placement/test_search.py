@@ -55,7 +55,7 @@ def use(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes=st.sampled_from([1, 1, 2]),
     penalty=st.sampled_from([0.0, 0.1]),
 )
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_the_sum_of_changes_is_the_change_of_the_objective(
     engine: str,
     seed: int,
@@ -70,7 +70,7 @@ def test_the_sum_of_changes_is_the_change_of_the_objective(
         seed, num_experts=12, gpus=gpus, nodes=nodes if gpus % nodes == 0 else 1,
         objective=objective, num_slots=slots, balance=1.1, num_layers=4,
     )  # fmt: skip
-    expert, gpu = replicate(problem.counts.loads, slots, gpus)
+    expert, gpu = replicate(problem.counts.loads, slots, gpus, good_enough=2.0)
     model = CostModel.of(problem, expert)
 
     def cost(assignment: np.ndarray) -> float:
@@ -98,7 +98,7 @@ def test_search_reaches_the_optimum_of_small_problems_and_never_less(
 ) -> None:
     use(engine, monkeypatch)
     for seed in range(3):
-        problem = make_problem(seed, num_experts=8, gpus=2, num_layers=4, balance=1.2)
+        problem = make_problem(seed, num_experts=8, gpus=2, num_layers=4, balance=1.4)
         exact = solve(problem, solver="dp")
         found = solve(problem, solver="search", num_processes=1)
         assert found.objective >= exact.objective - CLOSE
