@@ -36,6 +36,11 @@ def start_annealing(model: CostModel, gpu: Array, seed: int) -> Annealing:
     return _Numpy(state, seed) if isinstance(library, str) else _Compiled(state, seed, library)
 
 
+def is_compiled() -> bool:
+    """Whether `start_annealing` uses the C library."""
+    return not isinstance(open_anneal_library(), str)
+
+
 class _State:
     """The arrays of both engines; see anneal.c for their meaning."""
 

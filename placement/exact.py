@@ -29,7 +29,7 @@ def num_steps(model: CostModel) -> float:
     if states > _MAX_STATES:
         return float("inf")
     names = factorial(model.num_gpus) if model.has_free_names else 1
-    return states / names * states * model.num_layers
+    return float(states / names * states * model.num_layers)
 
 
 def is_small_enough(model: CostModel) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_runtime.placement.anneal import start_annealing
+from moe_runtime.placement.anneal import is_compiled, start_annealing
 from moe_runtime.placement.cost_model import CostModel
 from moe_runtime.placement.descent import descend, greedy_assignment, random_assignment
 from moe_runtime.placement.recombine import recombine
@@ -24,6 +24,7 @@ _PENALTY = (
     0.5  # of load above the limit, in units of what a layer pays; rises tenfold while cooling
 )
 _LEAST_GAIN = 2e-4  # of the objective: a round that brings less is the last
+_NUMPY_SLOWNESS = 100  # proposals a second, compiled over numpy
 _FINAL_PENALTY = 1e3  # so that no gain outweighs load above the limit
 
 
@@ -49,6 +50,8 @@ class SearchPlan:
         items = model.num_layers * model.num_items
         is_large = items > 4096
         proposals = int(np.clip(26_000 * items, 200_000, 30_000_000 if is_large else 20_000_000))
+        if not is_compiled():
+            proposals = max(proposals // _NUMPY_SLOWNESS, 20_000)
         return cls(
             num_starts=4 if is_large else 12,
             num_rounds=2 if is_large else 4,

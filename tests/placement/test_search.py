@@ -55,7 +55,7 @@ def use(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes=st.sampled_from([1, 1, 2]),
     penalty=st.sampled_from([0.0, 0.1]),
 )
-@settings(max_examples=15)
+@settings(max_examples=6)
 def test_the_sum_of_changes_is_the_change_of_the_objective(
     engine: str,
     seed: int,
