@@ -32,7 +32,7 @@ SOLVERS = ("auto", "dp", "hungarian", "search", "ilp", "eplb")
 _PROOF_GAP = 1e-9  # of the objective: sums in another order differ by less
 _BOUND_SHARE = 0.25  # of the time, kept for the bound
 _EVEN_ENOUGH = 1.05  # busiest over mean of a start, where no limit is asked for
-_POLISH_SECONDS = 5.0  # a window of HiGHS cannot be interrupted, so all of them together get this
+_POLISH_SECONDS = 2.0  # a window of HiGHS cannot be interrupted, so all of them together get this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
