@@ -199,6 +199,8 @@ def integer_table(found: object, name: str) -> Array:
     """Lists of whole numbers, equally long, as an array; raises PlacementError with the place."""
     if not isinstance(found, list) or not all(isinstance(row, list) for row in found):
         raise PlacementError(f"{name} must be a list of lists of whole numbers")
+    if not found or not found[0]:
+        raise PlacementError(f"{name} is empty; a placement has at least a layer and a slot")
     for number, row in enumerate(found):
         if len(row) != len(found[0]):
             raise PlacementError(

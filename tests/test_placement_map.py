@@ -158,6 +158,8 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
         ({"slots": [[0, 1, 2, 3], [0, 1]]}, "slots[1] has 2 entries, and slots[0] has 4"),
         ({"slots": [[0, 1, 2, "3"], [0, 1, 2, 3]]}, "slots[0][3] is '3', not an expert id"),
         ({"slots": 7}, "slots must be a list of lists"),
+        ({"slots": []}, "slots is empty; a placement has at least a layer and a slot"),
+        ({"slots": [[]]}, "slots is empty; a placement has at least a layer and a slot"),
         ({"layer_ids": [1, True]}, "layer_ids has 2 entries and slots 2 layers; they must be one"),
     ],
 )

@@ -31,6 +31,8 @@ def read_placement(path: Path, hints: PlacementHints) -> Placement:
             f"{path} numbers the experts of all layers in one go; give --num-experts, or --like"
         )
     gpu_of = _gpu_of(path)
+    if not len(gpu_of):
+        raise PlacementError(f"{path} holds no experts; it is no solution of ExFlow")
     if len(gpu_of) % hints.num_experts:
         raise PlacementError(
             f"{path} has {len(gpu_of)} experts, which are no whole layers of {hints.num_experts}; "

@@ -150,17 +150,18 @@ def _tokens(
     if num_ranks > 1:  # a row of equal ids was never written
         is_missing |= (slots == slots[..., :1]).all(axis=-1, keepdims=True)
     experts[is_missing] = -1
-    position = np.asarray(record["positions"], np.int64)
     chunks = record.get("extend_seq_lens") or [1] * num_tokens
-    if sum(chunks) != num_tokens:  # a batch that was padded, or drafted for speculation
+    if sum(chunks) > num_tokens:
         chunks = [1] * num_tokens
+    num_tokens = sum(chunks)  # what follows filled up a batch of prompts, and is no text
+    position = np.asarray(record["positions"], np.int64)[:num_tokens]
     starts = np.cumsum([0, *chunks[:-1]]) if num_tokens else np.zeros(0, np.int64)
     first = [int(position[start]) for start in starts]
     sequence = sequences.follow(first, chunks)
     is_prompt = np.repeat([n > 1 or p == 0 for n, p in zip(chunks, first, strict=True)], chunks)
     return {
-        "topk": experts.transpose(1, 0, 2),
-        "token_id": np.asarray(record["input_ids"], np.int64),
+        "topk": experts.transpose(1, 0, 2)[:num_tokens],
+        "token_id": np.asarray(record["input_ids"], np.int64)[:num_tokens],
         "position": position,
         "sequence_id": np.repeat(np.asarray(sequence, np.int64), chunks),
         "phase": np.where(is_prompt, Phase.PREFILL, Phase.DECODE).astype(np.uint8),

@@ -87,6 +87,15 @@ def test_sglang_sequences_are_followed_by_position(tmp_path: Path) -> None:
     assert found.sequence_id.tolist() == [0, 1, 2, 0, 1, 2, 1, 2, 3, 1, 2, 3, 4]
 
 
+def test_sglang_padding_of_prompts_is_left_out(tmp_path: Path) -> None:
+    """Law: rows beyond the prompts' lengths filled up a batch, and are no tokens."""
+    pair = [[0, 1], [0, 1]]
+    record = sglang_record(0, [0, 1, 0, 0], [pair] * 4, [2, 1])
+    found = sglang.read_trace(sglang_dump(tmp_path / "dump.pt", [record]))
+    assert found.position.tolist() == [0, 1, 0]
+    assert found.sequence_id.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("dump", "said"),
     [

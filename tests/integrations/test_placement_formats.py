@@ -184,6 +184,14 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     [
         ("sglang", "{}", "has no physical_to_logical_map"),
         ("sglang", "[", "is not JSON"),
+        ("sglang", '{"physical_to_logical_map": []}', "physical_to_logical_map is empty"),
+        ("vllm-list", "[]", "the list is empty"),
+        (
+            "vllm-ascend",
+            '{"moe_layer_count": 0, "layer_list": []}',
+            "has 0 layers, with .. devices",
+        ),
+        ("exflow", "Expert,Node\n", "holds no experts"),
         ("sglang", '{"physical_to_logical_map": [[0, 1], [0]]}', r"map\[1\] has 1 entries"),
         ("sglang", '{"physical_to_logical_map": [[0, 1, 2, 3]]}', "layer 2 is asked for"),
         ("tensorrt-llm", "num_slots: 4", "has no initial_global_assignments"),
