@@ -92,7 +92,7 @@ def _draw_map(axes: Any, placement: Placement) -> None:
     )  # fmt: skip
     ticks = np.unique(np.linspace(0, placement.gpus - 1, min(placement.gpus, 8)).astype(int))
     bar = axes.figure.colorbar(image, ax=axes, ticks=[*ticks, placement.gpus])
-    bar.ax.set_yticklabels([*(f"GPU {gpu}" for gpu in ticks), "several"])
+    bar.ax.set_yticklabels([*(f"GPU {gpu}" for gpu in ticks), "several GPUs"])
     rows = np.unique(np.linspace(0, placement.num_layers - 1, 8).astype(int))
     axes.set_yticks(rows, [str(placement.layer_ids[row]) for row in rows])
     axes.set_xlabel("expert")
@@ -101,7 +101,11 @@ def _draw_map(axes: Any, placement: Placement) -> None:
 
 
 def _draw_traffic(axes: Any, crossing: Array, top: float) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
     image = axes.imshow(crossing, cmap="magma_r", vmin=0.0, vmax=top, interpolation="nearest")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_xlabel("to GPU")
     axes.set_ylabel("from GPU")
     return image
@@ -109,6 +113,8 @@ def _draw_traffic(axes: Any, crossing: Array, top: float) -> Any:
 
 def _draw_loads(axes: Any, scores: dict[str, Evaluation], limit: object) -> None:
     """Of each GPU: its load over the mean GPU's, averaged over layers, and in its worst layer."""
+    from matplotlib.ticker import MaxNLocator
+
     num_gpus = len(scores["after"].per_layer[0].gpu_load)
     gpus = np.arange(num_gpus)
     for shift, name in ((-0.2, "before"), (0.2, "after")):
@@ -126,42 +132,41 @@ def _draw_loads(axes: Any, scores: dict[str, Evaluation], limit: object) -> None
     if isinstance(limit, int | float):
         axes.axhline(limit, color=_COLOURS["limit"], linewidth=1, label=f"limit {limit:g}")
     axes.axhline(1.0, color="#444444", linewidth=0.6, linestyle=":")
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlabel("GPU")
     axes.set_ylabel("load over the mean GPU's")
     axes.set_title("load of GPUs, averaged over layers", fontsize=9)
-    axes.legend(fontsize=7, framealpha=0.9, edgecolor="none", ncols=2, loc="lower right")
+    axes.legend(fontsize=7, framealpha=0.9, edgecolor="none", ncols=2, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_affinity(by_id: Any, by_gpu: Any, counts: RoutingCounts, placement: Placement) -> None:
-    """Transitions of the pair of layers that depend most on each other, over what chance gives."""
-    lift = [_lift(pair_EE) for pair_EE in counts.transitions]
-    pair = int(np.argmax([value.max(initial=0.0) for value in lift]))
-    found = np.log2(np.maximum(lift[pair], 2.0**-4))
+    """Where each expert's tokens go next, for the pair of layers that depend most on each other."""
+    pair = int(np.argmax([_dependence_bits(pair_EE) for pair_EE in counts.transitions]))
+    pair_EE = counts.transitions[pair]
+    share_EE = pair_EE / np.maximum(pair_EE.sum(axis=1, keepdims=True), 1e-300)
+    top = float(np.quantile(share_EE, 0.995)) or 1.0
     ids = placement.layer_ids[pair : pair + 2]
-    for axes, is_grouped in ((by_id, False), (by_gpu, True)):
-        orders = [np.arange(placement.num_experts)] * 2
-        if is_grouped:
-            first_gpu = placement.hosts().argmax(axis=1)
-            orders = [np.argsort(first_gpu[pair + side], kind="stable") for side in (0, 1)]
+    gpus = placement.hosts().argmax(axis=1)[pair : pair + 2]  # of the first replica
+    by_ids = [np.arange(placement.num_experts)] * 2
+    by_gpus = [np.argsort(gpu, kind="stable") for gpu in gpus]
+    for axes, orders, order in ((by_id, by_ids, "by id"), (by_gpu, by_gpus, "by GPU")):
         image = axes.imshow(
-            found[np.ix_(*orders)], cmap="PuOr_r", vmin=-4, vmax=4, interpolation="nearest"
+            share_EE[np.ix_(*orders)], cmap="magma_r", vmin=0.0, vmax=top, interpolation="nearest"
         )
-        if is_grouped:
-            for side, draw in ((0, axes.axhline), (1, axes.axvline)):
-                edges = np.flatnonzero(np.diff(first_gpu[pair + side][orders[side]])) + 0.5
-                for edge in edges:
-                    draw(edge, color="#222222", linewidth=0.5)
-        order = "by GPU" if is_grouped else "by id"
-        axes.set_title(f"affinity of experts, {order}", fontsize=9)
+        axes.set_title(f"affinity of layers {ids[0]} and {ids[1]}, experts {order}", fontsize=9)
         axes.set_xlabel(f"expert of layer {ids[1]}, {order}")
         axes.set_ylabel(f"expert of layer {ids[0]}, {order}")
-    by_gpu.figure.colorbar(image, ax=by_gpu, label="transitions over chance, log2")
+    for gpu, ordered, draw in zip(gpus, by_gpus, (by_gpu.axhline, by_gpu.axvline), strict=True):
+        for edge in np.flatnonzero(np.diff(gpu[ordered])) + 0.5:
+            draw(edge, color="#0072B2", linewidth=0.8)
+    by_gpu.figure.colorbar(image, ax=by_gpu, label="share of the expert's tokens", format="{x:.0%}")
 
 
-def _lift(pair_EE: Array) -> Array:
-    """Transitions over what they would be if layers were independent; 1 where nothing is known."""
-    chance = pair_EE.sum(axis=1, keepdims=True) * pair_EE.sum(axis=0, keepdims=True)
-    total = pair_EE.sum()
-    lift: Array = np.divide(pair_EE * total, chance, out=np.ones_like(pair_EE), where=chance > 0)
-    return lift
+def _dependence_bits(pair_EE: Array) -> float:
+    """Mutual information of the first experts of two layers."""
+    joint = pair_EE / max(float(pair_EE.sum()), 1e-300)
+    chance = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0, keepdims=True)
+    seen = joint > 0
+    return float((joint[seen] * np.log2(joint[seen] / chance[seen])).sum())

@@ -46,7 +46,8 @@ def test_a_picture_has_all_its_parts(tmp_path: Path) -> None:
         "this placement:",
         "load of GPUs, averaged over layers",
         "limit 1.2",
-        "affinity of experts, by id",
-        "affinity of experts, by GPU",
+        "experts by id",
+        "experts by GPU",
+        "share of the expert's tokens",
     ):
         assert text in comments, text
