@@ -162,6 +162,22 @@ def test_importing_csv(capsys: Capsys, tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.topk[:, 0, 0], [1, 3])
 
 
+def test_importing_what_an_engine_recorded(capsys: Capsys, tmp_path: Path) -> None:
+    """Law: --model and --domain say what the file cannot; ids in order of size are told."""
+    pairs = [[[0, 1 + (n + layer) % 7] for layer in range(2)] for n in range(120)]
+    np.save(tmp_path / "request.npy", np.array(pairs, np.uint8))
+    outcome = trace(
+        capsys, "import", tmp_path / "request.npy", "--from", "vllm", "-o", tmp_path / "t.npz",
+        "--num-experts", "8", "--model", "org/name", "--domain", "code",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    found = Trace.load(tmp_path / "t.npz")
+    assert found.model == "org/name"
+    assert found.domain is not None
+    assert set(found.domain) == {"code"}
+    assert "the experts of every token are in the order of their ids" in outcome.err
+
+
 def test_every_reader_has_its_option() -> None:
     """Law: --from offers exactly the readers there are."""
     assert [source.value for source in Source] == list(READERS)
