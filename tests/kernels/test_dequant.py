@@ -12,7 +12,6 @@ from moe_runtime.kernels.slot_weights import SlotWeights
 from tests.kernels.quantised import moved, random_weights
 
 pytestmark = pytest.mark.usefixtures("poison")
-FORMATS: list[Any] = ["int8", "fp8", "int4", "mxfp4"]
 # N and K: ragged against tiles of 32 x 128 and against squares of 128; odd where a format can be.
 SHAPES = {
     "int8": [(1, 1), (33, 131), (64, 256)],
@@ -122,8 +121,9 @@ def test_plain_weights_and_other_outputs_are_refused(device: torch.device) -> No
         dequantize(moved(weights, device), torch.int8)
 
 
-@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "mxfp4"])
 def test_the_operator_is_sound(weight_format: Any, device: torch.device) -> None:
+    """Not for fp8, as opcheck compares inputs, which torch does not do for fp8 on the CPU."""
     weights, _ = random_weights(weight_format, 2, 4, 32)
     torch.library.opcheck(
         torch.ops.moe_runtime.dequantize.default,
