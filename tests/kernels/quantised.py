@@ -1,5 +1,7 @@
 """Random weights in every format, and what they are in float64."""
 
+import functools
+
 import torch
 
 from moe_runtime.kernels.reference import dequantize_reference
@@ -8,6 +10,7 @@ from moe_runtime.kernels.slot_weights import SlotWeights, WeightFormat
 INT4_GROUP = 32
 
 
+@functools.cache  # the reference's loops are slow, and nobody changes what it returns
 def random_weights(
     weight_format: WeightFormat,
     S: int,
