@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from moe_runtime.cli.doctor import doctor
+from moe_runtime.kernels.cpu.experts_status import experts_status
 from moe_runtime.kernels.cpu.gemv_status import gemv_status
 from moe_runtime.measure import direct_read, hardware_checks, random_read, software_checks
 from moe_runtime.measure.check import Check, Status
@@ -53,7 +54,8 @@ def test_json_is_one_object_and_covers_the_machine(tmp_path: Path) -> None:
     assert checks["cpu"]["facts"]["cores"] == len(os.sched_getaffinity(0))
     assert checks["memory"]["facts"]["available_bytes"] > 0
     assert checks["disk rate"]["facts"]["bytes_read"] > 0
-    assert checks["kernels"]["facts"]["active"] == "torch"
+    assert checks["kernels"]["facts"]["active"] == experts_status().partition(" ")[0]
+    assert checks["kernels"]["facts"]["experts_bf16"] == experts_status()
     assert checks["kernels"]["facts"]["one_token_bf16"] == gemv_status()
 
 

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -33,8 +32,8 @@ def fast_math(dtype: torch.dtype, *, has_gate: bool) -> FastMath:
         accumulator=Accumulator.FLOAT32,
     )
     gate = Gate.SILU if has_gate else Gate.RELU
-    begin = partial(kernel.step, num_up=FFN * (1 + has_gate), ffn=FFN, gate=gate)
-    return FastMath(begin, math, kernel.level)
+    layer = kernel.layer(dim=DIM, num_up=FFN * (1 + has_gate), ffn=FFN, gate=gate)
+    return FastMath(layer.begin, math, kernel.level)
 
 
 class Arrival(RandomArrival):

@@ -146,16 +146,19 @@ def test_the_installed_wheel_stands_beside_hugging_faces_kernels(
     assert their_module.startswith("kernels.")
 
 
-def test_the_installed_wheel_finds_its_compiled_library(installed: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_finds_its_compiled_libraries(installed: Path, tmp_path: Path) -> None:
     printed = run(
         installed / "bin/python", "-c",
         "from moe_runtime.kernels.cpu.gemv import CpuGemv;"
-        "print(CpuGemv.status()); print(CpuGemv.load() is not None)",
+        "from moe_runtime.kernels.cpu.experts import CpuExperts;"
+        "print(CpuGemv.status()); print(CpuGemv.load() is not None);"
+        "print(CpuExperts.status())",
         cwd=tmp_path,
     )  # fmt: skip
-    status, is_loaded = printed.splitlines()
+    status, is_loaded, experts = printed.splitlines()
     assert is_loaded == str(status == ACTIVE)
     assert (status != NOT_BUILT) == HAS_COMPILER
+    assert (experts != NOT_BUILT) == HAS_COMPILER  # both files name this reason alike
 
 
 def test_the_installed_wheel_runs_the_demo(installed: Path, tmp_path: Path) -> None:

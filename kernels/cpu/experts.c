@@ -246,9 +246,10 @@ static dot_rows *dot_of(int level, int dtype) {
 
 /* ---- Elementwise parts: loops that the compiler turns into vectors ---- */
 
-/* e^v within 2 units of the last place between -87 and 88, where v is cut off; NaN gives e^88. */
+/* e^v within 2 units of the last place from -87, where v is cut off, to 88, soon after which it is
+ * infinite; NaN gives infinity. */
 INLINE float exponential(float v) {
-    v = v < 88.0f ? v : 88.0f;
+    v = v < 89.0f ? v : 89.0f;
     v = v > -87.0f ? v : -87.0f;
     const float n = (v * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
     const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;

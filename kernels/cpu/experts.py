@@ -128,63 +128,39 @@ class CpuExperts:
         openmp = None if self._openmp is None else ctypes.addressof(self._openmp)
         self._read(pool.data_ptr(), pool.nbytes, openmp, torch.get_num_threads())
 
-    def step(
+    def layer(
         self,
-        x_TD: torch.Tensor,
-        token_R: torch.Tensor | None,
-        weight_R: torch.Tensor | None,
         *,
-        num_up: int,
+        dim: int,
         ffn: int,
+        num_up: int,
         gate: Gate | TorchGate,
         is_interleaved: bool = False,
-    ) -> "ExpertsStep":
-        """Begin one layer's work on `x_TD`, whose row `token_R[r]` goes to the expert of row r.
+    ) -> "CpuLayer":
+        """A layer whose experts have up matrices `[num_up, dim]` and down matrices `[dim, ffn]`.
 
-        `token_R` int64 and `weight_R` float32 `[R]`; None is one row a token, unweighted. A `gate`
-        that is no `Gate` is called with `[n, U]` in the kernel's dtype and returns `[n, F]`.
+        A `gate` that is no `Gate` is called with `[n, num_up]` in the kernel's dtype and returns
+        `[n, ffn]`. `is_interleaved`: rows of gate and up take turns.
         """
-        return ExpertsStep(self, x_TD, token_R, weight_R, num_up, ffn, gate, is_interleaved)
+        return CpuLayer(self, dim, ffn, num_up, gate, is_interleaved)
 
 
-class ExpertsStep:
-    """One layer's rows under way: `run` or `put` each expert once, in any order, then `sum`."""
+class CpuLayer:
+    """The shapes of one layer, from which steps begin."""
 
     def __init__(
         self,
         kernel: CpuExperts,
-        x_TD: torch.Tensor,
-        token_R: torch.Tensor | None,
-        weight_R: torch.Tensor | None,
-        num_up: int,
+        dim: int,
         ffn: int,
+        num_up: int,
         gate: Gate | TorchGate,
         is_interleaved: bool,
     ) -> None:
-        _check(x_TD, "x", kernel.dtype, (None, None))
-        num_tokens, dim = x_TD.shape
-        num_rows = num_tokens if token_R is None else len(token_R)
-        for tensor, name, dtype in (
-            (token_R, "token", torch.int64),
-            (weight_R, "weight", torch.float32),
-        ):
-            if tensor is not None:
-                _check(tensor, name, dtype, (num_rows,))
-        self._kernel = kernel
-        self._gate = gate
-        self._x_TD = x_TD
-        self._rows = (token_R, weight_R)
-        self._up_y_RU = torch.empty(num_rows, num_up)
-        self._h_RF = torch.empty(num_rows, ffn, dtype=kernel.dtype)
-        self._y_RD: torch.Tensor | None = None
-        self._operation = kernel.operation(
-            token=None if token_R is None else token_R.data_ptr(),
-            weight=None if weight_R is None else weight_R.data_ptr(),
-            x=x_TD.data_ptr(),
-            up_y=self._up_y_RU.data_ptr(),
-            h=self._h_RF.data_ptr(),
-            num_all_rows=num_rows,
-            num_tokens=num_tokens,
+        self.kernel = kernel
+        self.up_shape, self.down_shape = (num_up, dim), (dim, ffn)
+        self.torch_gate = None if isinstance(gate, Gate) else gate
+        self.template = kernel.operation(
             dim=dim,
             ffn=ffn,
             up_rows=num_up,
@@ -192,16 +168,50 @@ class ExpertsStep:
             is_interleaved=is_interleaved,
         )
 
-    def check(self, up: Sequence[torch.Tensor], down: Sequence[torch.Tensor]) -> None:
-        """Raise ValueError unless these are the matrices of experts: the library trusts them."""
-        operation, dtype = self._operation, self._kernel.dtype
-        for name, weights, shape in (
-            ("up", up, (operation.up_rows, operation.dim)),
-            ("down", down, (operation.dim, operation.ffn)),
-        ):
-            for w in weights:
-                if not (w.dtype is dtype and w.shape == shape and w.is_contiguous() and w.is_cpu):
-                    raise _wrong(name, w, dtype, shape)
+    def begin(
+        self, x_TD: torch.Tensor, token_R: torch.Tensor, weight_R: torch.Tensor
+    ) -> "ExpertsStep":
+        """Begin work on `x_TD`, whose row `token_R[r]` goes to the expert of row r.
+
+        `token_R` int64 below T and `weight_R` float32 `[R]`, contiguous on the CPU as `x_TD`.
+        """
+        return ExpertsStep(self, x_TD, token_R, weight_R)
+
+
+class ExpertsStep:
+    """One layer's rows under way: `run` or `put` each expert once, in any order, then `sum`."""
+
+    def __init__(
+        self,
+        layer: CpuLayer,
+        x_TD: torch.Tensor,
+        token_R: torch.Tensor,
+        weight_R: torch.Tensor,
+    ) -> None:
+        dtype = layer.kernel.dtype
+        (num_up, dim), ffn = layer.up_shape, layer.down_shape[1]
+        num_rows = token_R.shape[0]
+        _check("x", x_TD, dtype, (x_TD.shape[0], dim))
+        _check("token", token_R, torch.int64, (num_rows,))
+        _check("weight", weight_R, torch.float32, (num_rows,))
+        num_tokens = x_TD.shape[0]
+        self._layer = layer
+        self._inputs = (x_TD, token_R, weight_R)
+        # One allocation for all: up_y, y and the sums in float32, then h in the layer's dtype.
+        sizes = (num_rows * num_up, num_rows * dim, num_tokens * dim, num_rows * ffn)
+        self._sizes = sizes
+        self._scratch = torch.empty(sum(sizes))
+        begin = self._scratch.data_ptr()
+        operation = self._operation = Operation.from_buffer_copy(layer.template)
+        operation.x = x_TD.data_ptr()
+        operation.token = token_R.data_ptr()
+        operation.weight = weight_R.data_ptr()
+        operation.up_y = begin
+        operation.y = begin + 4 * sizes[0]
+        operation.total = begin + 4 * (sizes[0] + sizes[1])
+        operation.h = begin + 4 * (sizes[0] + sizes[1] + sizes[2])
+        operation.num_all_rows = num_rows
+        operation.num_tokens = num_tokens
 
     def run(
         self,
@@ -217,74 +227,66 @@ class ExpertsStep:
         must be there, and the result is that of `sum`.
         """
         assert len(up) == len(down) == len(rows)
-        self.check(up, down)
-        self._set_experts([w.data_ptr() for w in up], [w.data_ptr() for w in down], rows)
-        return self._finish(is_last)
-
-    def put(self, begin: int, y_nD: torch.Tensor) -> None:
-        """The rows from `begin` on, computed elsewhere; not weighted."""
-        self._outputs()[begin : begin + len(y_nD)] = y_nD
-
-    def sum(self) -> torch.Tensor:
-        """`out[t]`: the weighted rows of token t, added up in the order of rows; `[T, D]`."""
-        self._set_experts([], [], [])
-        self._outputs()
-        return self._call_sum(Stage(0))
-
-    def _finish(self, is_last: bool) -> torch.Tensor | None:
-        self._outputs()
-        if isinstance(self._gate, Gate):
-            stages = Stage.UP | Stage.GATE | Stage.DOWN
-        else:
+        layer = self._layer
+        for w in up:
+            _check("up", w, layer.kernel.dtype, layer.up_shape)
+        for w in down:
+            _check("down", w, layer.kernel.dtype, layer.down_shape)
+        num_experts = len(rows)
+        pointers, counts = ctypes.c_void_p * num_experts, ctypes.c_int64 * num_experts
+        up_pointers = pointers(*[w.data_ptr() for w in up])
+        down_pointers = pointers(*[w.data_ptr() for w in down])
+        first_rows = counts(*[begin for begin, _ in rows])
+        num_rows = counts(*[end - begin for begin, end in rows])
+        operation = self._operation
+        operation.up = ctypes.addressof(up_pointers)
+        operation.down = ctypes.addressof(down_pointers)
+        operation.first_row = ctypes.addressof(first_rows)
+        operation.num_rows = ctypes.addressof(num_rows)
+        operation.num_experts = num_experts
+        stages = Stage.UP | Stage.GATE | Stage.DOWN
+        if layer.torch_gate is not None:
             self._call(Stage.UP)
-            for begin, end in self._spans:
-                up_y_nU = self._up_y_RU[begin:end].to(self._kernel.dtype)
-                self._h_RF[begin:end] = self._gate(up_y_nU)
+            self._gate_in_torch(layer.torch_gate, rows)
             stages = Stage.DOWN
         if is_last:
             return self._call_sum(stages)
         self._call(stages)
         return None
 
-    def _set_experts(
-        self, up: Sequence[int], down: Sequence[int], rows: Sequence[tuple[int, int]]
-    ) -> None:
-        num_experts = len(rows)
-        pointers = ctypes.c_void_p * num_experts
-        counts = ctypes.c_int64 * num_experts
-        # Kept until the next call: the operation holds only their addresses.
-        self._held = (
-            pointers(*up),
-            pointers(*down),
-            counts(*(begin for begin, _ in rows)),
-            counts(*(end - begin for begin, end in rows)),
-        )
-        self._spans = rows
-        operation = self._operation
-        up_pointers, down_pointers, first_rows, num_rows = self._held
-        operation.up = ctypes.addressof(up_pointers)
-        operation.down = ctypes.addressof(down_pointers)
-        operation.first_row = ctypes.addressof(first_rows)
-        operation.num_rows = ctypes.addressof(num_rows)
-        operation.num_experts = num_experts
+    def put(self, begin: int, y_nD: torch.Tensor) -> None:
+        """The rows from `begin` on, computed elsewhere; not weighted."""
+        self._part(1).view(-1, y_nD.shape[1])[begin : begin + len(y_nD)] = y_nD
 
-    def _outputs(self) -> torch.Tensor:
-        if self._y_RD is None:
-            self._y_RD = torch.empty(self._operation.num_all_rows, self._operation.dim)
-            self._operation.y = self._y_RD.data_ptr()
-        return self._y_RD
+    def sum(self) -> torch.Tensor:
+        """`out[t]`: the weighted rows of token t, added up in the order of rows; `[T, D]`."""
+        self._operation.num_experts = 0
+        return self._call_sum(Stage(0))
+
+    def _gate_in_torch(self, gate: TorchGate, rows: Sequence[tuple[int, int]]) -> None:
+        num_up, ffn = self._layer.up_shape[0], self._layer.down_shape[1]
+        dtype = self._layer.kernel.dtype
+        up_y_RU = self._part(0).view(-1, num_up)
+        h_RF = self._part(3).view(dtype)[: len(up_y_RU) * ffn].view(-1, ffn)
+        for begin, end in rows:
+            if begin < end:
+                h_RF[begin:end] = gate(up_y_RU[begin:end].to(dtype))
+
+    def _part(self, number: int) -> torch.Tensor:
+        """One of the four parts of the scratch memory."""
+        begin = sum(self._sizes[:number])
+        return self._scratch[begin : begin + self._sizes[number]]
 
     def _call_sum(self, stages: Stage) -> torch.Tensor:
-        out_TD = torch.empty_like(self._x_TD)
-        total_TD = torch.empty(out_TD.shape)
-        self._operation.out, self._operation.total = out_TD.data_ptr(), total_TD.data_ptr()
+        out_TD = torch.empty_like(self._inputs[0])
+        self._operation.out = out_TD.data_ptr()
         self._call(stages | Stage.SUM)
         return out_TD
 
     def _call(self, stages: Stage) -> None:
         operation = self._operation
         operation.stages, operation.next_up, operation.next_down = stages, 0, 0
-        self._kernel.call(operation)
+        self._layer.kernel.call(operation)
 
 
 def _load(dtype: torch.dtype, level: str) -> CpuExperts:
@@ -302,22 +304,11 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(
-    tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]
-) -> None:
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Raise ValueError for a tensor with which the library would read what is not its own."""
-    is_shaped = tensor.dim() == len(shape) and all(
-        wanted in (None, found) for wanted, found in zip(shape, tensor.shape, strict=True)
-    )
-    if not (is_shaped and tensor.dtype == dtype and tensor.is_cpu and tensor.is_contiguous()):
-        raise _wrong(name, tensor, dtype, shape)
-
-
-def _wrong(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
-) -> ValueError:
-    wanted = ", ".join("any" if length is None else str(length) for length in shape)
-    return ValueError(
-        f"{name} must be a contiguous {dtype} CPU tensor [{wanted}], got {tuple(tensor.shape)} "
+    if tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous() and tensor.is_cpu:
+        return
+    raise ValueError(
+        f"{name} must be a contiguous {dtype} CPU tensor {list(shape)}, got {list(tensor.shape)} "
         f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
     )

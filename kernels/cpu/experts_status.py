@@ -16,6 +16,8 @@ NO_INSTRUCTIONS = "torch (CPU has no AVX2 with FMA and F16C)"
 
 def experts_status(dtype: str = "bfloat16") -> str:
     """What computes experts of `dtype` on this machine: a level of instructions, or torch."""
+    if dtype not in DTYPES:
+        return f"torch (no kernel for {dtype})"
     found = open_experts_library()
     return found if isinstance(found, str) else best_level(found, dtype) or NO_INSTRUCTIONS
 

@@ -111,17 +111,8 @@ class Layer:
         groups: list[list[int]] | None = None,
         is_interleaved: bool = False,
     ) -> torch.Tensor:
-        step = kernel.step(
-            self.x,
-            self.token,
-            self.weight,
-            num_up=self.num_up,
-            ffn=self.ffn,
-            gate=gate,
-            is_interleaved=is_interleaved,
-        )
-        for scratch in (step._up_y_RU, step._h_RF):
-            scratch.fill_(float("nan"))
+        step = self.begin(kernel, gate, is_interleaved=is_interleaved)
+        step._scratch.fill_(float("nan"))
         out = None
         groups = groups or [list(range(len(self.rows)))]
         for n, group in enumerate(groups):
@@ -133,6 +124,17 @@ class Layer:
             )
         assert out is not None
         return out
+
+    def begin(
+        self, kernel: CpuExperts, gate: Gate | face.TorchGate, *, is_interleaved: bool = False
+    ) -> face.ExpertsStep:
+        return kernel.layer(
+            dim=self.x.shape[1],
+            ffn=self.ffn,
+            num_up=self.num_up,
+            gate=gate,
+            is_interleaved=is_interleaved,
+        ).begin(self.x, self.token, self.weight)
 
     def expected(self, gate: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return cpu_experts_reference(
@@ -198,7 +200,8 @@ def test_activations_do_not_overflow(bf16: CpuExperts, size: float) -> None:
     v = (torch.linspace(-1, 1, 63) * size)[:, None]
     ones = torch.ones(1, 1)
     for gate in (Gate.SILU, Gate.GELU_TANH):
-        step = kernel.step(v, torch.arange(63), torch.ones(63), num_up=1, ffn=1, gate=gate)
+        layer = kernel.layer(dim=1, ffn=1, num_up=1, gate=gate)
+        step = layer.begin(v, torch.arange(63), torch.ones(63))
         found = step.run([ones], [ones], [(0, 63)], is_last=True)
         assert found is not None
         # e^x in float32, of an argument that is itself rounded. Of numbers far below zero torch's
@@ -290,9 +293,7 @@ def test_outputs_of_others_are_summed_in_their_place(bf16: CpuExperts) -> None:
     """Law: `put` rows count as if the kernel had computed them."""
     layer = Layer(torch.bfloat16, [2, 3], num_tokens=3)
     silu = gated(functional.silu)
-    step = bf16.step(
-        layer.x, layer.token, layer.weight, num_up=layer.num_up, ffn=layer.ffn, gate=Gate.SILU
-    )
+    step = layer.begin(bf16, Gate.SILU)
     step.run(layer.up[:1], layer.down[:1], layer.rows[:1], is_last=False)
     x_nD = layer.x[layer.token[2:5]]
     step.put(2, silu(x_nD.double() @ layer.up[1].double().T) @ layer.down[1].double().T)

@@ -42,17 +42,17 @@ def fast_math(
     }
     if any(reasons.values()):
         return replace(math, reason=" and ".join(name for name, holds in reasons.items() if holds))
-    num_up = module.get_parameter(math.up_name).shape[1]
+    num_up, dim = module.get_parameter(math.up_name).shape[1:]
     gate, is_interleaved = find_gate(module, math)
-    begin = partial(
-        kernel.step,
-        num_up=num_up,
+    layer = kernel.layer(
+        dim=dim,
         ffn=module.get_parameter("down_proj").shape[2],
+        num_up=num_up,
         gate=gate,
         is_interleaved=is_interleaved,
     )
     path = kernel.level if isinstance(gate, Gate) else f"{kernel.level}, gate in torch"
-    return FastMath(begin, math, path)
+    return FastMath(layer.begin, math, path)
 
 
 def find_gate(module: nn.Module, math: ExpertMath) -> tuple[Gate | TorchGate, bool]:

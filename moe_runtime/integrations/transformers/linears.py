@@ -1,5 +1,7 @@
 """The linear layers of a model, computed by the experts' kernel while there are few tokens."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -26,6 +28,10 @@ class FewTokensLinear(nn.Linear):
             few = self._few = CpuLinear(self._kernel, self.weight.detach(), bias)
         output = few(input.reshape(-1, input.shape[-1]))
         return output.view(*input.shape[:-1], -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has weights of its own, so what was prepared for these is not for it.
+        return {**self.__dict__, "_few": None}
 
     def _takes(self, x: torch.Tensor) -> bool:
         """Whether the kernel computes this call."""

@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from moe_runtime.engine import Weights
 from moe_runtime.fast_layer import MAX_KERNEL_ROWS, FastMath
+from moe_runtime.integrations.transformers.experts import reference_forward
 from moe_runtime.integrations.transformers.fast import fast_math
 from moe_runtime.integrations.transformers.proof import expert_math
 from moe_runtime.layer import Accumulator, Dispatch
@@ -20,6 +21,7 @@ logger = logging.getLogger("moe_runtime")
 
 NAME = "moe_runtime"
 _FALLBACK = "grouped_mm"
+_GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def register() -> None:
@@ -75,9 +77,10 @@ class ResidentExperts:
                 and any(t.requires_grad for t in (hidden_TD, top_k_weights_TK, module.down_proj))
             )
         ):
-            output: torch.Tensor = grouped_mm_experts_forward(
-                module, hidden_TD, top_k_index_TK, top_k_weights_TK
-            )
+            # torch's grouped_mm knows no others; the family's own forward knows all.
+            has_grouped_mm = module.down_proj.dtype in _GROUPED_MM_DTYPES
+            forward = grouped_mm_experts_forward if has_grouped_mm else _own_forward
+            output: torch.Tensor = forward(module, hidden_TD, top_k_index_TK, top_k_weights_TK)
             return output
         dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, len(plan.weights))
         if not dispatch.experts:
@@ -111,6 +114,10 @@ class _InMemory:
         """Nothing to free."""
 
 
+def _own_forward(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    return reference_forward(type(module))(module, *inputs)
+
+
 def _place(module: Any) -> tuple[int, int]:
     up = module.gate_up_proj if module.has_gate else module.up_proj
     return up.data_ptr(), module.down_proj.data_ptr()
@@ -123,7 +130,8 @@ def _plan(module: nn.Module) -> _Plan:
         return _Plan(None, f"{_FALLBACK} (parameters of other names)", _place(module), ())
     chosen = fast_math(module, math, down.dtype, down.device)
     if not isinstance(chosen, FastMath):
-        return _Plan(None, f"{_FALLBACK} ({chosen.reason})", _place(module), ())
+        fallback = _FALLBACK if down.dtype in _GROUPED_MM_DTYPES else "eager"
+        return _Plan(None, f"{fallback} ({chosen.reason})", _place(module), ())
     parameters = {name: module.get_parameter(name).detach() for name in (math.up_name, "down_proj")}
     if not all(value.is_contiguous() for value in parameters.values()):
         return _Plan(None, f"{_FALLBACK} (weights that are not contiguous)", _place(module), ())

@@ -142,10 +142,10 @@ def _step(kernel: CpuExperts, pool: _Pool, num_experts: int, rows_each: int) -> 
     token_R = torch.arange(num_rows) % rows_each
     weight_R = torch.full((num_rows,), 1 / num_experts)
 
+    layer = kernel.layer(dim=pool.dim, ffn=pool.ffn, num_up=2 * pool.ffn, gate=Gate.SILU)
+
     def run() -> None:
-        step = kernel.step(
-            x_TD, token_R, weight_R, num_up=2 * pool.ffn, ffn=pool.ffn, gate=Gate.SILU
-        )
+        step = layer.begin(x_TD, token_R, weight_R)
         step.run(up, down, rows, is_last=True)
 
     return run

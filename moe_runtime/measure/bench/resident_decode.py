@@ -21,7 +21,8 @@ _LINEARS = f"{NAME}, linears"
 _PEERS = ("eager", "grouped_mm")
 _VARIANTS = (*_PEERS, NAME, _LINEARS, _NO_EXPERTS)
 _PREFILL_VARIANTS = ("grouped_mm", NAME)
-_NOISE_BYTES = 2**20
+_NOISE_BYTES = 2**21
+_NOISE_LENGTH = 1_000_003  # a prime: no two experts, rows or columns are alike
 _WEIGHT_SIZE = 0.02  # of random weights
 _TOLERANCE = 5e-2  # as the bench of offloading allows another order of sums
 
@@ -121,7 +122,7 @@ def random_model(preset: Preset) -> PreTrainedModel:
         has_buffers = any(True for _ in module.buffers(recurse=False))
         if has_buffers and not any(True for _ in module.parameters()):
             module.__init__(model.config)  # type: ignore[misc]
-    noise = (sound_noise(_NOISE_BYTES).view(torch.bfloat16) * _WEIGHT_SIZE).contiguous()
+    noise = sound_noise(_NOISE_BYTES).view(torch.bfloat16)[:_NOISE_LENGTH] * _WEIGHT_SIZE
     for number, parameter in enumerate(model.parameters()):
         flat = parameter.data.view(-1)
         if parameter.dim() == 1:

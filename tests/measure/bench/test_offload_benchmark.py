@@ -49,6 +49,7 @@ def run(
     residency: float = 0.65,
     routing: str = "forced",
     peers: tuple[str, ...] = (),
+    exact: bool = False,
 ) -> tuple[list[Table], list[Comparison]]:
     return run_offload_benchmark(
         Settings(
@@ -63,6 +64,7 @@ def run(
             seconds=30.0,
             equal_totals=False,
             policy="lru",
+            exact=exact,
         ),
         Progress(),
     )
@@ -85,7 +87,7 @@ def test_under_equal_caps_there_are_speeds_ratios_and_a_ceiling(
     if not caps_are_possible():
         pytest.skip("this process may not make control groups")
     pytest.importorskip("accelerate")
-    (table,), _ = run(checkpoint, tmp_path, peers=("transformers", "accelerate"))
+    (table,), _ = run(checkpoint, tmp_path, peers=("transformers", "accelerate"), exact=True)
     assert table.caps is Caps.ENFORCED
     ours, accelerate, resident = table.rows
     assert ours.outcome is accelerate.outcome is Outcome.MEASURED
@@ -191,6 +193,7 @@ def job(checkpoint: Path, scratch: Path, **changes: Any) -> Job:
         replay=None,
         dtype="bfloat16",
         policy="lru",
+        exact=False,
         num_threads=1,
         memory_bytes=None,
         context_tokens=64,
