@@ -78,7 +78,9 @@ def kernels(
             "versions": describe_versions(),
             "commit": git_commit(),
             "steps": [asdict(share) for share in shares],
-            "resident": None if resident is None else asdict(resident),
+            "resident": (
+                None if resident is None else asdict(resident) | {"is_green": resident.is_green}
+            ),
             "gpu": None,
         }
         terminal.show_json(found)
@@ -113,11 +115,12 @@ def _resident_table(report: "ResidentReport") -> Table:
     table.add_column("ms a token", justify="right")
     table.add_column("times the better peer", justify="right")
     table.add_column(f"ms of {report.prefill_tokens} tokens", justify="right")
-    table.add_column("outputs")
+    table.add_column("error of a layer", justify="right")
     for name, spread in report.decode_ms.items():
-        gate = report.gates.get(name)
-        if gate is not None and not gate.is_green:  # no speed on a red gate
-            table.add_row(name, "-", "-", "-", gate.text())
+        error = report.errors.get(name)
+        said = "" if error is None else f"{error:.2e}"
+        if name in report.speedup and not report.is_green:  # no speed on a red gate
+            table.add_row(name, "-", "-", "-", f"RED {said}")
             continue
         speedup, prefill = report.speedup.get(name), report.prefill_ms.get(name)
         table.add_row(
@@ -125,6 +128,6 @@ def _resident_table(report: "ResidentReport") -> Table:
             spread.text(2),
             "" if speedup is None else speedup.text(2),
             "" if prefill is None else prefill.text(0),
-            "" if gate is None else gate.text(),
+            said,
         )
     return table

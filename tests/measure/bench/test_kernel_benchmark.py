@@ -39,7 +39,7 @@ def test_steps_are_paired_with_reads_of_as_many_bytes() -> None:
 
 
 def test_all_variants_take_part_and_agree() -> None:
-    """Law: ours and grouped_mm are gated against eager; the model without experts is not."""
+    """Law: a layer of ours is as near to float32 as eager's, and only then is there a speed."""
     report = measure_resident(
         small_preset("mixtral-8x7b"),
         rounds=2,
@@ -50,8 +50,10 @@ def test_all_variants_take_part_and_agree() -> None:
     assert set(report.decode_ms) == {
         "eager", "grouped_mm", "moe_runtime", "moe_runtime, linears", "no_experts",
     }  # fmt: skip
-    assert set(report.gates) == {"grouped_mm", "moe_runtime", "moe_runtime, linears"}
-    assert all(gate.is_green for gate in report.gates.values())
+    assert set(report.errors) == {"eager", "grouped_mm", "moe_runtime"}
+    assert report.is_green
+    worse = replace(report, errors={**report.errors, "moe_runtime": 1.0})
+    assert not worse.is_green
     assert report.experts == CpuExperts.status()
 
 
