@@ -41,7 +41,9 @@ def test_json_is_one_object_and_the_page_is_written(
     capsys: pytest.CaptureFixture[str], model_folder: Path, tmp_path: Path
 ) -> None:
     page = tmp_path / "report.md"
-    done = run_here(capsys, *quick(model_folder, tmp_path / "work"), "--json", "-o", page)
+    done = run_here(
+        capsys, *quick(model_folder, tmp_path / "work"), "--exact", "--json", "-o", page
+    )
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found.keys() == {

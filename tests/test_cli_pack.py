@@ -44,7 +44,7 @@ def test_generate_checks_against_the_unpacked_model(
     """Law: --check restores the source beside, and every logit is its own."""
     outcome = run_here(
         capsys, "generate", packed, "--prompt", "def read(", "--max-new-tokens", "4",
-        "--expert-memory", "40%", "--expert-slots", slots, "--check", "--json",
+        "--expert-memory", "40%", "--expert-slots", slots, "--exact", "--check", "--json",
     )  # fmt: skip
     found = json.loads(outcome.out)
     assert found["parity"]["identical"], outcome.err

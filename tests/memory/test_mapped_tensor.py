@@ -57,6 +57,20 @@ def test_a_file_that_changes_raises_before_its_pages_are_touched(file: Path) -> 
         mapped.check()
 
 
+def test_no_file_stays_open_and_no_page_stays_mapped(file: Path) -> None:
+    def maps() -> str:
+        return Path("/proc/self/maps").read_text()
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    mapped = MappedTensor(read_header(file)["f32"])
+    part = mapped.tensor[1:3]
+    del mapped
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert str(file) in maps()
+    del part
+    assert str(file) not in maps()
+
+
 def test_a_shortened_or_absent_file_raises(file: Path) -> None:
     place = max(read_header(file).values(), key=lambda place: place.offset)
     os.truncate(file, place.offset)

@@ -15,7 +15,21 @@ from moe_runtime.layer import Dispatch, LayerMath
 REMEDY = "call moe_runtime.handle(model).restore() first"
 
 
-class OffloadedModule(nn.Module):
+class NotCopied:
+    """Part of a model that is bound to files and slots: refuses to be copied or pickled."""
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise OffloadedExpertsError(
+            f"a model with offloaded experts cannot be copied; load it twice, or {REMEDY}"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise OffloadedExpertsError(
+            f"a model with offloaded experts cannot be pickled; pickle its path, or {REMEDY}"
+        )
+
+
+class OffloadedModule(NotCopied, nn.Module):
     """Refuses what would silently lose the experts of a module whose weights are not in it."""
 
     _engine: ExpertEngine
@@ -43,16 +57,6 @@ class OffloadedModule(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise OffloadedExpertsError(f"offloaded experts cannot take new weights; {REMEDY}")
-
-    def __deepcopy__(self, memo: object) -> NoReturn:
-        raise OffloadedExpertsError(
-            f"a model with offloaded experts cannot be copied; load it twice, or {REMEDY}"
-        )
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise OffloadedExpertsError(
-            f"a model with offloaded experts cannot be pickled; pickle its path, or {REMEDY}"
-        )
 
     def _refuse_training(self) -> None:
         if self.training:

@@ -17,6 +17,7 @@ from moe_runtime.expert_memory import format_bytes
 from moe_runtime.integrations.transformers.budget import Budget
 from moe_runtime.integrations.transformers.experts import (
     REMEDY,
+    NotCopied,
     OffloadedExpert,
     OffloadedExperts,
     OffloadedModule,
@@ -270,8 +271,7 @@ class Handle:
         self._undo += [lambda: module.__dict__.pop("_apply"), hook.remove]
 
     def _check_before_use(self, module: nn.Module, mapped: MappedTensor) -> None:
-        check = torch.compiler.disable(lambda *_: mapped.check())  # type: ignore[no-untyped-call]
-        hook = module.register_forward_pre_hook(check)
+        hook = module.register_forward_pre_hook(_CheckBeforeUse(mapped))
         self._undo.append(hook.remove)
 
     def _detach(self) -> None:
@@ -290,6 +290,17 @@ class Handle:
                     tensors[name][expert].copy_(value)
                 access.release(expert)
         return tensors
+
+
+class _CheckBeforeUse(NotCopied):
+    """Asks a mapped tensor, before a module looks rows up in it, whether its file is as it was."""
+
+    def __init__(self, mapped: MappedTensor) -> None:
+        self._mapped = mapped
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *_: Any) -> None:
+        self._mapped.check()
 
 
 class _GuardedApply:

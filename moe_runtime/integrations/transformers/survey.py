@@ -23,6 +23,7 @@ from moe_runtime.integrations.transformers.resolve import ResolvedModel
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.layout import TORCH_DTYPES
+from moe_runtime.memory.mapped_tensor import can_map
 from moe_runtime.memory.tensor_map import TensorMap
 
 
@@ -170,7 +171,8 @@ def _lookups(
         if isinstance(module, nn.Embedding) and name in eligible:
             place, weight = checkpoint[name], module.weight
             same_dtype = TORCH_DTYPES.get(place.dtype) == weight.dtype
-            if same_dtype and tuple(place.shape) == tuple(weight.shape):
+            same_shape = tuple(place.shape) == tuple(weight.shape)
+            if same_dtype and same_shape and can_map(place):
                 found[name] = place.num_bytes
     return found
 

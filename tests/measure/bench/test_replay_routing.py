@@ -58,7 +58,11 @@ def decode(model: PreTrainedModel, num_tokens: int) -> torch.Tensor:
 def test_the_experts_that_run_are_exactly_those_of_the_trace(
     folder: Path, is_offloaded: bool
 ) -> None:
-    model = moe_runtime.load(folder, expert_memory=0.5) if is_offloaded else unmodified(folder)
+    model = (
+        moe_runtime.load(folder, expert_memory=0.5, exact=True)
+        if is_offloaded
+        else unmodified(folder)
+    )
     trace = random_trace()
     with replay_routing(model, trace):
         seen = spy(model)
@@ -71,7 +75,7 @@ def test_the_experts_that_run_are_exactly_those_of_the_trace(
 def test_offloaded_and_unmodified_models_agree_bit_for_bit_under_the_same_trace(
     folder: Path,
 ) -> None:
-    ours, theirs = moe_runtime.load(folder, expert_memory=0.5), unmodified(folder)
+    ours, theirs = moe_runtime.load(folder, expert_memory=0.5, exact=True), unmodified(folder)
     own_choice = decode(theirs, 6)
     with replay_routing(ours, random_trace()), replay_routing(theirs, random_trace()):
         found, expected = decode(ours, 6), decode(theirs, 6)
