@@ -33,6 +33,10 @@ class TraceError(MoERuntimeError, ValueError):
     """A routing trace is damaged, incomplete, or contradicts itself."""
 
 
+class PredictorError(MoERuntimeError, ValueError):
+    """A predictor cannot be fitted, is damaged, or belongs to another model."""
+
+
 class ContestantError(MoERuntimeError):
     """A contestant of a benchmark failed; `is_memory` says that its memory was too little."""
 
