@@ -3,7 +3,7 @@
 T rows (tokens of one forward), L MoE layers, K experts a token, E experts a layer, D model dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -19,11 +19,20 @@ __all__ = [
     "Gate",
     "ModelFacts",
     "Predictor",
+    "Progress",
     "Session",
     "State",
     "StepRows",
     "demand",
+    "silent",
 ]
+
+
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +110,14 @@ class Forecast:
     may be 0. `next_step[t, l, e]` is the same for the next token of row `t`'s sequence, whose id is
     not known yet, in every layer; None where a predictor cannot tell. A later forecast of a forward
     replaces an earlier one in the layers that it covers, and leaves the others as they were.
+    `later` is, for each layer, the rate of use in the visits after its next one, if that does not
+    use it: 1 over the expected number of visits until one does. A cache cares; None: cannot tell.
     """
 
     first_layer: int
     probability: Array  # [T, R, E] float32
     next_step: Array | None = None  # [T, L, E] float32
+    later: Array | None = None  # [T, L, E] float32
 
 
 class Session(Protocol):
@@ -173,11 +185,17 @@ class Predictor(Protocol):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]]  # fields of a trace beside topk, to be fitted and to work
-    fingerprint: Fingerprint
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Whose routing it was fitted to."""
 
     @classmethod
-    def fit(cls, trace: Trace, facts: ModelFacts) -> Self:
-        """Learn from all rows of `trace`. Raises PredictorError when a field is missing."""
+    def fit(cls, trace: Trace, facts: ModelFacts, on_progress: Progress = silent) -> Self:
+        """Learn from all rows of `trace`. Raises PredictorError when a field is missing.
+
+        Where it takes long, `on_progress` hears how much is done, and of how much.
+        """
 
     def start(self) -> Session:
         """A session that has seen no sequence yet; sessions share what was fitted, no state."""

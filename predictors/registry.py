@@ -1,0 +1,9 @@
+"""Every kind of predictor, by name."""
+
+from collections.abc import Mapping
+
+from moe_runtime.predictors.ensemble import Ensemble
+from moe_runtime.predictors.ladder import LADDER
+from moe_runtime.predictors.predictor import Predictor
+
+PREDICTORS: Mapping[str, type[Predictor]] = {kind.name: kind for kind in (*LADDER, Ensemble)}
