@@ -28,7 +28,7 @@ from moe_runtime.predictors.predictor import (
     silent,
 )
 from moe_runtime.predictors.replay import MOMENTS, NEXT_STEP, STEP_AHEAD, replay
-from moe_runtime.predictors.split import split_by_sequence
+from moe_runtime.predictors.split import Split, split_by_sequence
 from moe_runtime.trace import Trace
 from moe_runtime.trace_fields import Array
 
@@ -42,7 +42,7 @@ MEMBERS = (
     "gate_corrected",
     "routing_path",
 )
-_VALIDATION = 0.2  # of the sequences
+_VALIDATION = Split(held_out=0.2, seed=1)
 _MOST_ROWS = 8_000  # of validation; a few numbers are fitted to them
 _LEAST_GAIN = 0.002  # of the log loss, for a member to enter
 _HORIZON = 3
@@ -64,7 +64,7 @@ class Ensemble:
     @classmethod
     def fit(cls, trace: Trace, facts: ModelFacts, on_progress: Progress = silent) -> Self:
         check_fit(cls.name, cls.needs, trace, facts)
-        to_fit, to_choose = split_by_sequence(trace, _VALIDATION, seed=1)
+        to_fit, to_choose = split_by_sequence(trace, _VALIDATION)
         kinds = {
             kind.name: kind for kind in LADDER if kind.name in MEMBERS and _can(kind, trace, facts)
         }

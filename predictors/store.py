@@ -1,6 +1,7 @@
 """Predictors as files: safetensors, with what belongs to them as JSON in its header."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from safetensors.numpy import save
 from moe_runtime.errors import PredictorError
 from moe_runtime.predictors.predictor import Fingerprint, Predictor, State
 from moe_runtime.predictors.registry import PREDICTORS
+from moe_runtime.predictors.split import Split
 
 _KEY = "moe_runtime.predictor"
 _FORMAT = 1
 
 
-def save_predictor(predictor: Predictor, path: Path) -> int:
-    """Write one file, under its name only once it is whole; returns its bytes."""
+def save_predictor(predictor: Predictor, path: Path, split: Split | None = None) -> int:
+    """Write one file, under its name only once it is whole; returns its bytes.
+
+    `split` says which sequences of its trace it was not fitted to, where there are such.
+    """
     state = predictor.state()
     of = predictor.fingerprint
     about = {
@@ -25,6 +30,7 @@ def save_predictor(predictor: Predictor, path: Path) -> int:
         "name": predictor.name,
         "fingerprint": {field: getattr(of, field) for field in Fingerprint.__slots__},
         "settings": dict(state.settings),
+        "split": None if split is None else asdict(split),
     }
     tensors = {name: np.ascontiguousarray(array) for name, array in state.tensors.items()}
     written = save(tensors, metadata={_KEY: json.dumps(about)})
@@ -72,6 +78,13 @@ def load_predictor(path: Path, expected: Fingerprint | None = None) -> Predictor
     if expected is not None:
         check_fingerprint(found, expected, str(path))
     return found
+
+
+def split_of(path: Path) -> Split | None:
+    """Which split a predictor's file was fitted with; the file has been loaded before."""
+    with safe_open(path, framework="numpy") as file:
+        found = json.loads(file.metadata()[_KEY])["split"]
+    return None if found is None else Split(**found)
 
 
 def check_fingerprint(predictor: Predictor, expected: Fingerprint, source: str) -> None:

@@ -1,7 +1,7 @@
 """Write prompts for routing traces: one excerpt of each of many modules of the standard library.
 
-`python scripts/stdlib_prompts.py 400 prompts.jsonl`, then `moe-runtime trace record`. A module gives
-one excerpt, so a split by sequence never has one module on both sides.
+`python scripts/stdlib_prompts.py 400 prompts.jsonl`, then `moe-runtime trace record`. A module
+gives one excerpt, so a split by sequence never has one module on both sides.
 """
 
 import argparse

@@ -107,6 +107,21 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
             ),
         },
     ),
+    "predictor": CommandFamily(
+        "Predict routing, and see how far that can be trusted.",
+        {
+            "list": LazyCommand("moe_runtime.cli.predictor_list", "list_", "List the predictors."),
+            "train": LazyCommand(
+                "moe_runtime.cli.predictor_train", "train", "Fit a predictor to a trace."
+            ),
+            "eval": LazyCommand(
+                "moe_runtime.cli.predictor_eval", "eval_", "Judge predictors on unseen sequences."
+            ),
+            "trace": LazyCommand(
+                "moe_runtime.cli.predictor_trace", "trace", "Write the routing that is expected."
+            ),
+        },
+    ),
     "bench": CommandFamily(
         "Measure speed against peers and against the machine's limits.",
         {
