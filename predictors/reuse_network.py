@@ -27,7 +27,7 @@ from moe_runtime.trace_fields import Array
 
 _HIDDEN = 192
 _MOST_TOKENS = 60_000  # of the trace, evenly spaced runs of them, as their history is held
-_STEPS = 1_500
+_STEPS = 1_200
 _BATCH = 384
 _LEARNING_RATE = 2e-3
 _HORIZON_STEPS = 255  # uses further ahead count as further ahead, however far

@@ -65,7 +65,7 @@ def test_a_table_by_default(
     """Law: without options all policies are shown, at eighths of all experts."""
     outcome = simulate(capsys, tmp_path / "T.npz")
     assert outcome.code == 0, outcome.err
-    for policy in ("lru", "lfu", "static", "belady"):
+    for policy in ("lru", "lfu", "static", "adapmoe", "plec", "belady"):
         assert outcome.out.count(policy) == 7
     assert " 21 " in outcome.out
     assert "87.5%" in outcome.out
@@ -96,7 +96,7 @@ def test_steps(trace: Trace, tmp_path: Path, capsys: pytest.CaptureFixture[str])
             assert is_hit[found["layer"] == layer].sum() == counts["hits"]
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "static"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "static", "adapmoe", "plec"])
 def test_steps_show_causality(
     policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,7 +220,7 @@ def test_outputs_are_checked_before_the_trace_is_read(
 def test_as_a_shell_runs_it(trace: Trace, tmp_path: Path) -> None:
     """Law: stdout is one JSON object and nothing else."""
     outcome = run_apart("cache", "simulate", "T.npz", "--slots", "12", "--json", cwd=tmp_path)
-    assert len(results_of(outcome)) == 4
+    assert len(results_of(outcome)) == 6
 
 
 def test_a_replay_loads_no_torch(trace: Trace, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ LAW = {
         2, names("placement"), NOUNS | {"perf"}, names("numpy scipy"), names("pulp highspy")
     ),
     "memory": Room(2, names("memory"), NOUNS | {"kernels"}, names("numpy torch psutil")),
-    "cache": Room(2, names("cache"), NOUNS, names("")),
+    "cache": Room(2, names("cache"), NOUNS, names("numpy")),
     "simulate": Room(3, names("simulate"), BELOW_3, names("numpy torch")),
     "scheduling": Room(3, names("scheduling"), BELOW_3, names("numpy torch")),
     "parallel": Room(3, names("parallel"), BELOW_3, names("numpy torch")),

@@ -1,7 +1,7 @@
 """Belady's MIN: evict what is needed furthest ahead, by a future that is known."""
 
 from bisect import insort
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from moe_runtime.expert import ExpertKey
 
@@ -22,6 +22,9 @@ class BeladyPolicy:
         self._future = iter(next_uses)
         self._uses: list[int] = []  # next ones of resident keys, ascending
         self._key: dict[int, ExpertKey] = {}  # whose they are
+
+    def visit(self, keys: Sequence[ExpertKey]) -> None:
+        """Single uses are all this policy looks at."""
 
     def touch(self, key: ExpertKey) -> None:
         next_use = next(self._future, None)

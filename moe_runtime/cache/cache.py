@@ -1,7 +1,8 @@
 """Which expert is in which slot, and who makes room for whom."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from moe_runtime.cache.policy import EvictionPolicy
@@ -76,6 +77,8 @@ class ExpertCache:
         every slot, the one used last makes room, and is read again at its turn.
         """
         slots, free, policy = self._slots, self._free, self.policy
+        if keys:
+            policy.visit(keys)
         held = list(map(slots.get, keys))
         reads: list[Read] = []
         if None not in held:  # the common case, kept short
@@ -105,6 +108,30 @@ class ExpertCache:
             counts.hits += len(keys) - len(reads)
             counts.misses += len(reads)
         return held, reads
+
+    def prefetch(
+        self,
+        key: ExpertKey,
+        pinned: AbstractSet[ExpertKey],
+        is_worth: Callable[[ExpertKey, ExpertKey], bool],
+    ) -> Read | None:
+        """Plan a read of the absent `key` before a layer asks for it, or None.
+
+        What the layer that runs needs is `pinned` and stays. A full cache gives the policy's victim
+        up only where `is_worth(key, victim)`. No access is counted.
+        """
+        assert key not in self._slots, key
+        if self._free:
+            slot, evicted = self._free.pop(), None
+        else:
+            evicted = self.policy.victim(pinned)
+            if evicted is None or not is_worth(key, evicted):
+                return None
+            self.policy.forget(evicted)
+            slot = self._slots.pop(evicted)
+        self._slots[key] = slot
+        self.policy.touch(key)
+        return slot, evicted
 
     def discard(self, key: ExpertKey) -> None:
         """Forget `key`, whose slot does not hold it after all."""

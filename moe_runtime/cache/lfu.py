@@ -1,7 +1,7 @@
 """Least-frequently-used eviction."""
 
 from bisect import insort
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import count
 
 from moe_runtime.expert import ExpertKey
@@ -26,6 +26,9 @@ class LFUPolicy:
         # put right when it comes up, so that a hit costs nothing here.
         self._queue: list[Rank] = []
         self._victim_index = 0  # where the last victim stands, for `forget`
+
+    def visit(self, keys: Sequence[ExpertKey]) -> None:
+        """Single uses are all this policy looks at."""
 
     def touch(self, key: ExpertKey) -> None:
         before = self._rank.get(key)

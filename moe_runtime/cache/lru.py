@@ -1,7 +1,7 @@
 """Least-recently-used eviction."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 from moe_runtime.expert import ExpertKey
 
@@ -13,6 +13,9 @@ class LRUPolicy:
 
     def __init__(self) -> None:
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()  # oldest first
+
+    def visit(self, keys: Sequence[ExpertKey]) -> None:
+        """Single uses are all this policy looks at."""
 
     def touch(self, key: ExpertKey) -> None:
         self._order[key] = None

@@ -1,6 +1,6 @@
 """What an eviction policy is."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Protocol
 
 from moe_runtime.expert import ExpertKey
@@ -13,6 +13,9 @@ class EvictionPolicy(Protocol):
     def name(self) -> str:
         """What reports call it."""
 
+    def visit(self, keys: Sequence[ExpertKey]) -> None:
+        """One layer is about to use `keys`, at least one and no others; each is touched next."""
+
     def touch(self, key: ExpertKey) -> None:
         """`key` is used now; it is resident from here on."""
 
@@ -23,4 +26,7 @@ class EvictionPolicy(Protocol):
         """`key` is no longer resident, if it was."""
 
     def advise(self, predictions: Mapping[ExpertKey, float]) -> None:
-        """Probabilities of use in the near future; a policy may ignore them."""
+        """Probabilities of use at the next visit of a key's layer; a policy may ignore them.
+
+        Told before a visit, of what follows that visit. What is no probability counts as unsaid.
+        """

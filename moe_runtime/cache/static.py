@@ -2,7 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from moe_runtime.expert import ExpertKey
 
@@ -21,6 +21,9 @@ class StaticPolicy:
         self._others: OrderedDict[ExpertKey, None] = OrderedDict()
         self._resident: set[ExpertKey] = set()  # favourites only
         self._resident_ranks: list[int] = []  # theirs, ascending
+
+    def visit(self, keys: Sequence[ExpertKey]) -> None:
+        """Single uses are all this policy looks at."""
 
     def touch(self, key: ExpertKey) -> None:
         if key in self._resident:

@@ -25,6 +25,7 @@ class Policy(StrEnum):
 
     LRU = "lru"
     LFU = "lfu"
+    PLEC = "plec"
 
 
 class ExpertSlots(StrEnum):
@@ -92,7 +93,8 @@ ExpertMemoryOption = Annotated[
 PolicyOption = Annotated[
     Policy,
     typer.Option(
-        help="Which expert makes room: the least recently or least frequently used.",
+        help="Which expert makes room: the least recently or least frequently used, or the one "
+        "expected back last.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

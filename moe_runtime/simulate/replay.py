@@ -1,26 +1,26 @@
 """Replays a trace through the runtime's own cache and policies, without any weights."""
 
-import difflib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
 from moe_runtime.cache.belady import BeladyPolicy
 from moe_runtime.cache.cache import ExpertCache
-from moe_runtime.cache.lfu import LFUPolicy
 from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
-from moe_runtime.cache.static import StaticPolicy
+from moe_runtime.cache.predictions import Predictions
+from moe_runtime.expert import ExpertKey
+from moe_runtime.predictors.predictor import Predictor
 from moe_runtime.simulate.accesses import Accesses
+from moe_runtime.simulate.advice import advice
+from moe_runtime.simulate.policy_maker import POLICIES, PolicyMaker, check_policies, check_slots
 from moe_runtime.trace import Trace
 from moe_runtime.trace_fields import Array
 
-POLICIES = (LRUPolicy.name, LFUPolicy.name, StaticPolicy.name, BeladyPolicy.name)
-
-_BLOCK_USES = 2**16
+__all__ = ["POLICIES", "check_policies", "check_slots"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,7 +31,8 @@ class SimulationResult:
     slots: int
     layer_hits: tuple[int, ...]  # by layer
     layer_misses: tuple[int, ...]
-    seconds: float  # that the replay took
+    seconds: float  # that the replay took, without the predictor's
+    predictor: str | None  # whose predictions the policy was told
     sees_future: bool  # the policy knew the trace it was replayed on
     is_hit: Array | None  # [A] bool, access by access, where asked for
 
@@ -77,34 +78,45 @@ def replay_all(
     slots: Sequence[int],
     policies: Sequence[str],
     policy_accesses: Accesses | None = None,
+    queue: Accesses | None = None,
+    predictor: Predictor | None = None,
+    trace: Trace | None = None,
     keep_hits: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SimulationResult]:
-    """As `simulate`, on accesses; `on_progress` hears how many of the replays are done."""
-    check_policies(policies)
-    check_slots(slots)
-    if policy_accesses is not None:
-        _check_same_shape(accesses, policy_accesses)
-    favourites = (policy_accesses or accesses).most_used()
-    next_uses = accesses.next_uses() if BeladyPolicy.name in policies else None
+    """As `simulate`, on accesses; `on_progress` hears how many of the replays are done.
+
+    `queue` holds the predicted paths of `queue_belady`. What `predictor` says while it lives
+    through `trace`, whose accesses these are, is told to `plec`.
+    """
     pairs = [(policy, size) for policy in policies for size in slots]
-    results: list[SimulationResult] = []
-    for name, size in pairs:
+    makers = PolicyMaker(
+        accesses, policies=policies, slots=slots, policy_accesses=policy_accesses, queue=queue
+    )
+    results: dict[tuple[str, int], SimulationResult] = {}
+    advised = [pair for pair in pairs if predictor is not None and pair[0] == PLECPolicy.name]
+    for pair in pairs:
         on_progress(len(results), len(pairs))
-        policy: EvictionPolicy
-        if name == BeladyPolicy.name:
-            assert next_uses is not None
-            policy = BeladyPolicy(_numbers(next_uses))
-        elif name == StaticPolicy.name:
-            policy = StaticPolicy(favourites[:size])
-        else:
-            policy = LFUPolicy() if name == LFUPolicy.name else LRUPolicy()
-        sees_future = name == BeladyPolicy.name or (
-            name == StaticPolicy.name and policy_accesses is None
+        if pair in advised:
+            continue
+        name, size = pair
+        results[pair] = replay(
+            accesses,
+            makers.make(name, size),
+            size,
+            sees_future=makers.sees_future(name),
+            keep_hits=keep_hits,
         )
-        results.append(replay(accesses, policy, size, sees_future=sees_future, keep_hits=keep_hits))
+    if advised and predictor is not None and trace is not None:
+        replays = [Replay(makers.make(*pair), pair[1], keep_hits=keep_hits) for pair in advised]
+        # All sizes at once, as a predictor costs more than a cache.
+        for keys, told in zip(accesses.visits(), advice(predictor, trace), strict=True):
+            for one in replays:
+                one.visit(keys, told)
+        for pair, one in zip(advised, replays, strict=True):
+            results[pair] = one.result(accesses.num_layers, predictor=predictor.name)
     on_progress(len(pairs), len(pairs))
-    return results
+    return [results[pair] for pair in pairs]
 
 
 def replay(
@@ -116,59 +128,58 @@ def replay(
     keep_hits: bool = False,
 ) -> SimulationResult:
     """One cache with a fresh `policy`: visit by visit the decisions that the runtime would take."""
-    start = time.perf_counter()
-    cache = ExpertCache(num_slots, policy)
-    is_hit = bytearray()
-    for keys in accesses.visits():
-        held, _ = cache.decide(keys)
-        if keep_hits:
-            is_hit.extend([slot is not None for slot in held])
-    seconds = time.perf_counter() - start
-    counts = [cache.counts[layer] for layer in range(accesses.num_layers)]
-    return SimulationResult(
-        policy=policy.name,
-        slots=num_slots,
-        layer_hits=tuple(count.hits for count in counts),
-        layer_misses=tuple(count.misses for count in counts),
-        seconds=seconds,
-        sees_future=sees_future,
-        is_hit=np.frombuffer(is_hit, np.bool_) if keep_hits else None,
-    )
+    one = Replay(policy, num_slots, keep_hits=keep_hits)
+    one.run(accesses.visits())
+    return one.result(accesses.num_layers, sees_future=sees_future)
 
 
-def check_policies(policies: Iterable[str]) -> None:
-    """Raise ValueError for a name that is no policy's."""
-    for name in policies:
-        if name not in POLICIES:
-            near = difflib.get_close_matches(name, POLICIES, n=1)
-            guess = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"no policy is called {name!r}; {guess}there are {', '.join(POLICIES)}"
-            )
+class Replay:
+    """One cache on its way through the visits of a trace."""
 
+    def __init__(self, policy: EvictionPolicy, num_slots: int, *, keep_hits: bool) -> None:
+        self._cache = ExpertCache(num_slots, policy)
+        self._is_hit: bytearray | None = bytearray() if keep_hits else None
+        self._seconds = 0.0
 
-def check_slots(slots: Iterable[int]) -> None:
-    """Raise ValueError for a size that no cache can have."""
-    for size in slots:
-        if size < 1:
-            raise ValueError(
-                f"slots is {size}; a cache needs at least 1 slot, and one for each expert that a "
-                "token uses in all layers before it can hit much"
-            )
+    def run(self, visits: Iterable[Sequence[ExpertKey]]) -> None:
+        """All visits, of which nothing is foretold."""
+        start = time.perf_counter()
+        decide = self._cache.decide
+        for keys in visits:
+            held, _ = decide(keys)
+            if self._is_hit is not None:
+                self._is_hit.extend([slot is not None for slot in held])
+        self._seconds += time.perf_counter() - start
 
+    def visit(self, keys: Sequence[ExpertKey], told: Predictions) -> None:
+        """One visit, and what was predicted of those after it."""
+        start = time.perf_counter()
+        self._cache.policy.advise(told)
+        held, _ = self._cache.decide(keys)
+        self._seconds += time.perf_counter() - start
+        if self._is_hit is not None:
+            self._is_hit.extend([slot is not None for slot in held])
 
-def _check_same_shape(accesses: Accesses, policy_accesses: Accesses) -> None:
-    asked = accesses.num_layers, accesses.num_experts
-    found = policy_accesses.num_layers, policy_accesses.num_experts
-    if asked != found:
-        raise ValueError(
-            f"the policy trace has {found[0]} layers of {found[1]} experts, the trace {asked[0]} "
-            f"of {asked[1]}; favourites must come from the same model (where only the number of "
-            "experts was inferred differently, give num_experts)"
+    def result(
+        self, num_layers: int, *, sees_future: bool = False, predictor: str | None = None
+    ) -> SimulationResult:
+        counts = [self._cache.counts[layer] for layer in range(num_layers)]
+        return SimulationResult(
+            policy=self._cache.policy.name,
+            slots=self._cache.num_slots,
+            layer_hits=tuple(count.hits for count in counts),
+            layer_misses=tuple(count.misses for count in counts),
+            seconds=self._seconds,
+            sees_future=sees_future,
+            predictor=predictor,
+            is_hit=None if self._is_hit is None else np.frombuffer(self._is_hit, np.bool_),
         )
 
 
-def _numbers(values: Array) -> Iterable[int]:
-    """The integers of `values`, a block of them as Python objects at a time."""
-    blocks = range(0, len(values), _BLOCK_USES)
-    return chain.from_iterable(values[i : i + _BLOCK_USES].tolist() for i in blocks)
+def gap_closed(result: SimulationResult, results: Iterable[SimulationResult]) -> float | None:
+    """Share of the hits that Belady has over LRU at the same slots; None where one is absent."""
+    hits = {other.policy: other.hits for other in results if other.slots == result.slots}
+    lru, belady = hits.get(LRUPolicy.name), hits.get(BeladyPolicy.name)
+    if lru is None or belady is None or lru == belady:
+        return None
+    return (result.hits - lru) / (belady - lru)

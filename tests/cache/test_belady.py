@@ -11,7 +11,10 @@ from moe_runtime.cache.belady import BeladyPolicy
 from moe_runtime.cache.cache import ExpertCache
 from moe_runtime.cache.lfu import LFUPolicy
 from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.cache.partitioned import PartitionedPolicy
+from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
+from moe_runtime.cache.queue_belady import QueueBeladyPolicy
 from moe_runtime.cache.static import StaticPolicy
 from moe_runtime.expert import ExpertKey
 
@@ -23,6 +26,9 @@ OTHERS = {
     "lfu": LFUPolicy,
     "static": lambda: StaticPolicy(ALL_KEYS[::2]),
     "static, other favourites": lambda: StaticPolicy(ALL_KEYS[7:12]),
+    "adapmoe": lambda: PartitionedPolicy([5, 0, 2]),
+    "plec": lambda: PLECPolicy(NUM_LAYERS, NUM_EXPERTS),
+    "queue_belady": lambda: QueueBeladyPolicy([ALL_KEYS[:9], ALL_KEYS[5:]] * 9, 2),
 }
 
 Visit = list[ExpertKey]  # what one step needs in one layer, ascending
@@ -79,7 +85,7 @@ def fewest_misses(num_slots: int, trace: Sequence[Visit]) -> int:
 
 
 @given(trace=visits(NUM_LAYERS, NUM_EXPERTS, 30), num_slots=st.integers(1, 19))
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_no_demand_policy_beats_belady(trace: list[Visit], num_slots: int) -> None:
     """Law: single tokens, batches or waves, no policy has fewer misses on any trace."""
     bound = misses(BeladyPolicy(next_uses(trace)), num_slots, trace)

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from moe_runtime.cache.cache import Access, ExpertCache
 from moe_runtime.cache.lfu import LFUPolicy
 from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.cache.partitioned import PartitionedPolicy
+from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
+from moe_runtime.cache.queue_belady import QueueBeladyPolicy
 from moe_runtime.cache.static import StaticPolicy
 from moe_runtime.expert import ExpertKey
 
@@ -19,6 +22,9 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "lru": LRUPolicy,
     "lfu": LFUPolicy,
     "static": lambda: StaticPolicy(FAVOURITES),
+    "adapmoe": lambda: PartitionedPolicy([2, 1, 3]),
+    "plec": lambda: PLECPolicy(3, NUM_EXPERTS),
+    "queue_belady": lambda: QueueBeladyPolicy([FAVOURITES, FAVOURITES[:2]] * 4, 3),
 }
 
 Forward = tuple[int, list[int]]  # layer, experts in ascending order

@@ -10,7 +10,10 @@ import pytest
 from moe_runtime.cache.cache import ExpertCache
 from moe_runtime.cache.lfu import LFUPolicy
 from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.cache.partitioned import PartitionedPolicy
+from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
+from moe_runtime.cache.queue_belady import QueueBeladyPolicy
 from moe_runtime.cache.static import StaticPolicy
 from moe_runtime.expert import ExpertKey
 
@@ -19,8 +22,11 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "lru": LRUPolicy,
     "lfu": LFUPolicy,
     "static": lambda: StaticPolicy(KEYS[::2]),
+    "adapmoe": lambda: PartitionedPolicy([1, 3]),
+    "plec": lambda: PLECPolicy(2, 5),
+    "queue_belady": lambda: QueueBeladyPolicy([KEYS[:7], KEYS[3:]] * 3, 2),
 }
-VISITS = [KEYS[:3], KEYS[5:7], KEYS[1:4], KEYS[:5], KEYS[6:9], KEYS[2:5]] * 2
+VISITS = [KEYS[:3], KEYS[5:7], KEYS[1:4], KEYS[:5], KEYS[6:9], KEYS[2:5]]
 NUM_SLOTS = 4
 
 

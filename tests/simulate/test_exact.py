@@ -91,7 +91,7 @@ def run(
 
 
 @pytest.mark.parametrize("memory", MEMORY)
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "plec"])
 def test_simulated_is_real(folder: Path, policy: str, memory: float, tmp_path: Path) -> None:
     """Law: decoding, prompts, waves and padded batches hit what the replay of their trace hits."""
     trace, real = run(folder, policy, memory, tmp_path / "t.npz")

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_runtime.cache.lfu import LFUPolicy
 from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.engine import ExpertEngine
 from moe_runtime.integrations.transformers.budget import Budget
@@ -24,18 +25,24 @@ from moe_runtime.memory.packed_slots import PackedSlots
 from moe_runtime.memory.slots import Slots, allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
-POLICIES: dict[str, type[LRUPolicy] | type[LFUPolicy]] = {
-    policy.name: policy for policy in (LRUPolicy, LFUPolicy)
-}
+POLICIES = (LRUPolicy.name, LFUPolicy.name, PLECPolicy.name)
 
 
-def make_policy(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """The policy of that name, or the one given. Raises ValueError with the names there are."""
+def check_policy(policy: str | EvictionPolicy) -> None:
+    """Raise ValueError, with the names there are, for one that no policy has."""
+    if isinstance(policy, str) and policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} is unknown; choose from {', '.join(POLICIES)}")
+
+
+def make_policy(policy: str | EvictionPolicy, tensor_map: TensorMap) -> EvictionPolicy:
+    """The policy of that name for the experts of a model, or the one given."""
+    check_policy(policy)
     if not isinstance(policy, str):
         return policy
-    if policy not in POLICIES:
-        raise ValueError(f"policy {policy!r} is unknown; choose from {', '.join(POLICIES)}")
-    return POLICIES[policy]()
+    if policy == PLECPolicy.name:
+        num_experts = max(layer.num_experts for layer in tensor_map.layers)
+        return PLECPolicy(len(tensor_map.layers), num_experts)
+    return LFUPolicy() if policy == LFUPolicy.name else LRUPolicy()
 
 
 def build_tensor_map(
@@ -107,7 +114,7 @@ def install(
     spill_folder: Path | None = None,
 ) -> Handle:
     """Open the files, allocate the slots and put offloaded experts in the place of `sites`."""
-    eviction = make_policy(policy)
+    eviction = make_policy(policy, tensor_map)
     reader = DiskReader(tensor_map.files(), direct=direct)
     try:
         slots: Slots = (

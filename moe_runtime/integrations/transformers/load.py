@@ -16,8 +16,8 @@ from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
 from moe_runtime.integrations.transformers.choice import choose_maths
 from moe_runtime.integrations.transformers.install import (
+    check_policy,
     install,
-    make_policy,
 )
 from moe_runtime.integrations.transformers.linears import speed_up_linears
 from moe_runtime.integrations.transformers.resolve import resolve_model
@@ -66,9 +66,9 @@ def load(
 
     `model` is a folder or a hub id. `expert_memory` bounds the memory that experts take: 'auto'
     (all if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert
-    bytes) or bytes. `policy` is 'lru', 'lfu', or a policy of moe_runtime.cache. Reads bypass the
-    page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay so in
-    memory, where a third more of them fit, and be unpacked at each use: `expert_slots` is
+    bytes) or bytes. `policy` is 'lru', 'lfu', 'plec', or a policy of moe_runtime.cache. Reads
+    bypass the page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay
+    so in memory, where a third more of them fit, and be unpacked at each use: `expert_slots` is
     'packed', 'unpacked', or 'auto', which is 'unpacked' unless only packed ones fit.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
@@ -81,7 +81,7 @@ def load(
     files), UnsupportedModelError (no experts, quantised, unknown family) and TypeError (unknown
     argument).
     """
-    make_policy(policy)
+    check_policy(policy)
     if exact and linears:
         raise ValueError(
             "linears=True rounds otherwise than the unmodified model and exact=True asks for its "

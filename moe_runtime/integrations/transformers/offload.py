@@ -16,9 +16,9 @@ from moe_runtime.integrations.transformers.choice import choose_maths
 from moe_runtime.integrations.transformers.handle import Handle, refuse_twice
 from moe_runtime.integrations.transformers.install import (
     build_tensor_map,
+    check_policy,
     dense_bytes_of,
     install,
-    make_policy,
 )
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.assembly import Assembly
@@ -47,7 +47,7 @@ def offload(
     Every change is undone by `restore()`, or by using the handle in a `with`. Raises
     UnsupportedModelError when there is nothing to offload, BudgetError below the floor.
     """
-    make_policy(policy)
+    check_policy(policy)
     memory = ExpertMemory.parse(expert_memory)
     refuse_twice(module)
     sites = find_sites(module)

@@ -1,0 +1,155 @@
+"""Learns, while a model runs, how soon every expert of every layer is used again.
+
+L MoE layers, E experts a layer, F features, G lags, n experts that a visit uses.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+# How fast each moving average of an expert's use forgets, per visit of its layer.
+_RATES = np.array([0.5, 0.25, 0.1, 0.03, 0.01], np.float32)
+_AVERAGES, _ODDS = slice(0, 5), slice(5, 10)  # columns of the features
+_USED, _USED_BEFORE, _AGE, _ONE, _PAIRS = 10, 11, 12, 13, 14
+_NUM_FEATURES = 15
+# Steps of AdaGrad (Duchi et al. 2011), for weights all keys share and for those of pairs.
+_SHARED_STEP = 0.05
+_PAIR_STEP = 0.8
+_FIRST_AVERAGE = 0.1
+_LEAST_AVERAGE = 0.002  # bounds the log-odds
+_LEAST_RATE = 0.0005  # of use, in the visits after the next
+_PRIOR = (0.8, 0.2)  # weights, before anything is learned, of the log-odds of two averages
+_FIRST_SQUARE = 0.001
+
+
+class ReuseModel:
+    """Two rates of use for every expert, learned by following the visits of all layers.
+
+    That expert `e` of layer `l` is used when `l` is visited next has the probability
+
+        p = sigmoid(w x[l, e] + sum over lags g of mean over a used g visits before of M[g, a, e])
+
+    with x the expert's own past: moving averages at five rates, their log-odds, the last two
+    visits, the logarithm of its age. The lags go from a whole forward (the layer's own last visit)
+    down to one visit. Each is fitted to what those before it in time leave unexplained, so the sum
+    is a probability at every distance from the visit. `r`, a like function of `x` and of the sum
+    over lags, is the rate in the visits after that one. Nothing is fitted beforehand, and labels
+    are uses that have happened.
+
+    A visit costs O(G n E) and the weights take `8 G L E^2` bytes.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        shape = num_layers, num_experts
+        asked = {num_layers, num_layers - 1, num_layers - 2, num_layers - 3, num_layers // 2, 1}
+        lags = np.array(sorted((lag for lag in asked if lag > 0), reverse=True), np.intp)
+        layers = np.arange(num_layers)
+        self._targets = (layers[:, None] + lags) % num_layers  # [L, G]
+        self._sources = ((layers[:, None] - lags) % num_layers).tolist()
+        self._lag_index = np.arange(len(lags))
+        # [n, G]: rows of `_pair` that the last visit of a layer uses; empty before there was one
+        self._rows = [np.zeros((0, len(lags)), np.intp)] * num_layers
+        self._averages = np.full((*shape, len(_RATES)), _FIRST_AVERAGE, np.float32)
+        self._age = np.full(shape, 1 / _FIRST_AVERAGE, np.float32)
+        self._features = np.zeros((*shape, _NUM_FEATURES), np.float32)
+        self._features_before = np.zeros_like(self._features)  # one visit ago
+        self._next_weights = _SharedWeights()
+        self._later_weights = _SharedWeights()
+        # [L E G, E]: layer and expert of a visit, a lag, and the expert of the layer so much later
+        self._pair = np.zeros((num_layers * num_experts * len(lags), num_experts), np.float32)
+        self._pair_squares = np.ones_like(self._pair)
+        self._own = np.full(shape, log_odds(_FIRST_AVERAGE), np.float32)
+        self._parts = np.zeros((num_layers, len(lags), num_experts), np.float32)
+        self._later = np.full(shape, log_odds(_FIRST_AVERAGE), np.float32)
+        # `[L, E]`: log-odds of use at the next visit of the layer.
+        self.next_log_odds = np.full(shape, log_odds(_FIRST_AVERAGE), np.float32)
+
+    def later_rate(self) -> Array:
+        """`[L, E]`: the rate of use in the visits after the next, if that one does not use it."""
+        pairs = self.next_log_odds - self._own
+        rate = sigmoid(self._later + self._later_weights.values[_PAIRS] * pairs)
+        return np.clip(rate, _LEAST_RATE, 1.0 - _LEAST_RATE)
+
+    def visit(self, layer: int, experts: Sequence[int]) -> None:
+        """`layer` uses `experts`, all of them and no other."""
+        index = np.array(experts, np.intp)
+        used = np.zeros(self._age.shape[1], np.float32)
+        used[index] = 1.0
+        if len(self._rows[layer]):
+            self._learn(layer, used)
+        self._remember(layer, used)
+        num_lags = len(self._lag_index)
+        rows = (layer * len(used) + index)[:, None] * num_lags + self._lag_index
+        self._rows[layer] = rows
+        parts = self._pair[rows].mean(axis=0)  # [G, E]
+        targets = self._targets[layer]  # all different
+        self._parts[targets, self._lag_index] = parts
+        self.next_log_odds[targets] += parts
+
+    def _learn(self, layer: int, used: Array) -> None:
+        features = self._features[layer]
+        own = self._own[layer]
+        self._next_weights.learn(features, used - sigmoid(own))
+        was_unused = features[:, _USED] == 0.0
+        before = self._features_before[layer][was_unused]
+        self._later_weights.learn(
+            before, used[was_unused] - sigmoid(self._later_weights.log_odds(before))
+        )
+        # What each lag adds is fitted to the sum up to it, so sums cut short are fitted too.
+        errors = used - sigmoid(own + np.cumsum(self._parts[layer], axis=0))  # [G, E]
+        found = [self._rows[source][:, lag] for lag, source in enumerate(self._sources[layer])]
+        rows = np.concatenate(found)
+        errors = np.repeat(errors, [len(some) for some in found], axis=0)
+        squares = self._pair_squares[rows] + errors * errors
+        self._pair_squares[rows] = squares
+        self._pair[rows] += _PAIR_STEP * errors / np.sqrt(squares)
+
+    def _remember(self, layer: int, used: Array) -> None:
+        averages, age, features = self._averages[layer], self._age[layer], self._features[layer]
+        before = self._features_before[layer]
+        before[:] = features
+        before[:, _PAIRS] = self.next_log_odds[layer] - self._own[layer]
+        averages += _RATES * (used[:, None] - averages)
+        age += 1.0
+        age[used > 0.0] = 0.0
+        features[:, _USED_BEFORE] = features[:, _USED]
+        features[:, _USED] = used
+        features[:, _AVERAGES] = averages
+        features[:, _ODDS] = log_odds(np.clip(averages, _LEAST_AVERAGE, 1 - _LEAST_AVERAGE))
+        features[:, _AGE] = np.log1p(age)
+        features[:, _ONE] = 1.0
+        self._own[layer] = self.next_log_odds[layer] = self._next_weights.log_odds(features)
+        self._parts[layer] = 0.0
+        self._later[layer] = self._later_weights.log_odds(features)
+
+
+class _SharedWeights:
+    """Logistic regression on features that all experts share, fitted one visit at a time."""
+
+    def __init__(self) -> None:
+        self.values = np.zeros(_NUM_FEATURES, np.float32)
+        self.values[_ODDS][2:4] = _PRIOR
+        self._squares = np.full(_NUM_FEATURES, _FIRST_SQUARE, np.float32)
+
+    def log_odds(self, features: Array) -> Array:
+        found: Array = features @ self.values
+        return found
+
+    def learn(self, features: Array, errors: Array) -> None:
+        gradient = errors @ features
+        self._squares += gradient * gradient
+        self.values += _SHARED_STEP * gradient / np.sqrt(self._squares)
+
+
+def sigmoid(x: Array) -> Array:
+    """Of any number, without overflow."""
+    found: Array = 0.5 + 0.5 * np.tanh(0.5 * x)
+    return found
+
+
+def log_odds(probability: Any) -> Any:
+    """Of probabilities inside (0, 1)."""
+    return np.log(probability / (1.0 - probability))
