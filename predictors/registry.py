@@ -5,5 +5,8 @@ from collections.abc import Mapping
 from moe_runtime.predictors.ensemble import Ensemble
 from moe_runtime.predictors.ladder import LADDER
 from moe_runtime.predictors.predictor import Predictor
+from moe_runtime.predictors.reuse_network import ReuseNetwork
 
-PREDICTORS: Mapping[str, type[Predictor]] = {kind.name: kind for kind in (*LADDER, Ensemble)}
+PREDICTORS: Mapping[str, type[Predictor]] = {
+    kind.name: kind for kind in (*LADDER, ReuseNetwork, Ensemble)
+}

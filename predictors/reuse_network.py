@@ -25,11 +25,11 @@ from moe_runtime.predictors.reuse_history import NUM_DIRECT, NUM_INPUTS, ReuseHi
 from moe_runtime.trace import Phase, Trace
 from moe_runtime.trace_fields import Array
 
-_HIDDEN = 192
-_MOST_TOKENS = 60_000  # of the trace, evenly spaced runs of them, as their history is held
-_STEPS = 1_200
-_BATCH = 384
-_LEARNING_RATE = 2e-3
+_HIDDEN = 128
+_MOST_TOKENS = 40_000  # the first of the trace; what is known after each is held
+_STEPS = 800
+_BATCH = 256
+_LEARNING_RATE = 3e-3
 _HORIZON_STEPS = 255  # uses further ahead count as further ahead, however far
 _LATER_WEIGHT = 0.3  # of the loss of rates beside that of probabilities
 _LEAST_TOKENS = 64
@@ -132,7 +132,9 @@ class ReuseSession:
         return self._said(layer + 1)
 
     def forget(self, sequence_id: int) -> None:
-        self._sequences.pop(sequence_id, None)
+        gone = self._sequences.pop(sequence_id, None)
+        if gone is self._last:
+            self._last = None
 
     def _said(self, first_layer: int) -> Forecast:
         said = np.stack([running.say() for running in self._rows])  # [T, 2, L, E]
@@ -218,18 +220,22 @@ class _Examples:
             ahead=torch.from_numpy(ahead),
         )
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, size: int) -> tuple[Tensor, Tensor, int, Tensor]:
         """Inputs, direct features, the layer that ran last, and visits until each use."""
         num_tokens, num_layers = self.ahead.shape[:2]
         token = torch.randint(1, num_tokens - 1, (size,))
-        layer = torch.randint(0, num_layers, (size,))
-        has_run = torch.arange(num_layers) <= layer[:, None]  # [B, L]: else the token before
-        known = token[:, None] - (~has_run).long()  # [B, L]
-        layers = torch.arange(num_layers).expand(size, -1)
-        inputs = self.inputs.transpose(1, 2)[known, layers].float()  # [B, L, NUM_INPUTS, E]
-        direct = self.direct[known, layers].float()
-        ahead = self.ahead[known + 1, layers].float()
-        return inputs, direct, layer, ahead
+        # One layer for all samples: then what is known of each comes in two blocks.
+        layer = int(torch.randint(0, num_layers, ()))
+
+        def known(field: Tensor, offset: int, axis: int) -> Tensor:
+            now, before = field[token + offset], field[token + offset - 1]
+            parts = (
+                now.narrow(axis, 0, layer + 1),
+                before.narrow(axis, layer + 1, num_layers - layer - 1),
+            )
+            return torch.cat(parts, axis).float()
+
+        return known(self.inputs, 0, 2), known(self.direct, 0, 1), layer, known(self.ahead, 1, 1)
 
 
 class _Net(torch.nn.Module):
@@ -246,10 +252,10 @@ class _Net(torch.nn.Module):
         direct[:, :, 2], direct[:, :, 3] = 0.6, 0.3  # log-odds of averages over 10 and 33 visits
         self.direct = torch.nn.Parameter(direct)
 
-    def forward(self, inputs: Tensor, direct: Tensor, layer: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, direct: Tensor, layer: int) -> Tensor:
         """`[B, 2, L, E]` log-odds."""
-        batch, num_layers, _, num_experts = inputs.shape
-        weights = self.input.transpose(0, 1).reshape(-1, _HIDDEN)  # [L NUM_INPUTS E, H]
+        batch, _, num_layers, num_experts = inputs.shape
+        weights = self.input.reshape(-1, self.input.shape[-1])
         hidden = functional.relu(inputs.reshape(batch, -1) @ weights + self.input_bias[layer])
         log_odds = hidden @ self.output + self.output_bias
         own = torch.einsum("blef,olf->bole", direct, self.direct)

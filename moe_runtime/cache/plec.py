@@ -42,12 +42,14 @@ class PLECPolicy:
         self._predictions: Predictions | None = None  # that wait for the visit
         self._advice = np.full(shape, np.nan)  # log-odds
         self._later_advice = np.full(shape, np.nan)
+        self._is_advised = False  # ever
         self._trust, self._trust_squares = 0.5, 1.0
 
     def visit(self, keys: Sequence[ExpertKey]) -> None:
         layer = keys[0].layer
         experts = [key.expert for key in keys]
-        self._learn_trust(layer, experts)
+        if self._is_advised:
+            self._learn_trust(layer, experts)
         self._model.visit(layer, experts)
         self._advice[layer] = self._later_advice[layer] = np.nan
         self._take_advice()
@@ -95,6 +97,7 @@ class PLECPolicy:
     def _take_advice(self) -> None:
         predictions, self._predictions = self._predictions, None
         if predictions is not None:
+            self._is_advised = True
             _put_log_odds(predictions.next_LE, self._advice)
             if predictions.later_LE is not None:
                 _put_log_odds(predictions.later_LE, self._later_advice)
@@ -106,8 +109,10 @@ class PLECPolicy:
 
     def _expect(self) -> Array:
         model = self._model
-        later = _mixed(log_odds(model.later_rate()), self._later_advice, self._trust)
-        own = _mixed(model.next_log_odds, self._advice, self._trust)
+        own, later = model.next_log_odds, model.later_log_odds()
+        if self._is_advised:
+            own = _mixed(own, self._advice, self._trust)
+            later = _mixed(later, self._later_advice, self._trust)
         skipped = sigmoid(-own) / sigmoid(later)
         expected: Array = self._distance[self._layer] + len(own) * skipped
         return expected.ravel()

@@ -39,7 +39,7 @@ def timelines_as_dicts(results: "Sequence[TimelineResult]") -> list[dict[str, An
 def timeline_table(results: "Sequence[TimelineResult]", title: str) -> Table:
     """Milliseconds a step."""
     table = Table(title=title, title_justify="left")
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for name in (
         "slots",
         "ms a step",
