@@ -16,11 +16,12 @@ _AVERAGES, _ODDS = slice(0, 5), slice(5, 10)  # columns of the features
 _USED, _USED_BEFORE, _AGE, _ONE, _PAIRS = 10, 11, 12, 13, 14
 _NUM_FEATURES = 15
 # Steps of AdaGrad (Duchi et al. 2011), for weights all keys share and for those of pairs.
-_SHARED_STEP = 0.05
+_SHARED_STEP = 0.2
 _PAIR_STEP = 0.8
 _FIRST_AVERAGE = 0.1
 _LEAST_AVERAGE = 0.002  # bounds the log-odds
-_LEAST_RATE = 0.0005  # of use, in the visits after the next
+_OLDER_VISITS = 16  # rates of use are also learned from what was known so many visits before
+_LEAST_LATER = -7.6  # log-odds of use, in the visits after the next: one in 2,000
 _PRIOR = (0.8, 0.2)  # weights, before anything is learned, of the log-odds of two averages
 _FIRST_SQUARE = 0.001
 
@@ -56,6 +57,8 @@ class ReuseModel:
         self._age = np.full(shape, 1 / _FIRST_AVERAGE, np.float32)
         self._features = np.zeros((*shape, _NUM_FEATURES), np.float32)
         self._features_before = np.zeros_like(self._features)  # one visit ago
+        self._older = np.zeros_like(self._features)  # up to _OLDER_VISITS visits ago
+        self._older_visits = [0] * num_layers
         self._next_weights = _SharedWeights()
         self._later_weights = _SharedWeights()
         # [L E G, E]: layer and expert of a visit, a lag, and the expert of the layer so much later
@@ -67,11 +70,11 @@ class ReuseModel:
         # `[L, E]`: log-odds of use at the next visit of the layer.
         self.next_log_odds = np.full(shape, log_odds(_FIRST_AVERAGE), np.float32)
 
-    def later_rate(self) -> Array:
-        """`[L, E]`: the rate of use in the visits after the next, if that one does not use it."""
+    def later_log_odds(self) -> Array:
+        """`[L, E]`: of the rate of use in the visits after the next, if that does not use it."""
         pairs = self.next_log_odds - self._own
-        rate = sigmoid(self._later + self._later_weights.values[_PAIRS] * pairs)
-        return np.clip(rate, _LEAST_RATE, 1.0 - _LEAST_RATE)
+        found: Array = self._later + self._later_weights.values[_PAIRS] * pairs
+        return np.maximum(found, _LEAST_LATER, out=found)
 
     def visit(self, layer: int, experts: Sequence[int]) -> None:
         """`layer` uses `experts`, all of them and no other."""
@@ -93,11 +96,7 @@ class ReuseModel:
         features = self._features[layer]
         own = self._own[layer]
         self._next_weights.learn(features, used - sigmoid(own))
-        was_unused = features[:, _USED] == 0.0
-        before = self._features_before[layer][was_unused]
-        self._later_weights.learn(
-            before, used[was_unused] - sigmoid(self._later_weights.log_odds(before))
-        )
+        self._learn_later(layer, used)
         # What each lag adds is fitted to the sum up to it, so sums cut short are fitted too.
         errors = used - sigmoid(own + np.cumsum(self._parts[layer], axis=0))  # [G, E]
         found = [self._rows[source][:, lag] for lag, source in enumerate(self._sources[layer])]
@@ -106,6 +105,23 @@ class ReuseModel:
         squares = self._pair_squares[rows] + errors * errors
         self._pair_squares[rows] = squares
         self._pair[rows] += _PAIR_STEP * errors / np.sqrt(squares)
+
+    def _learn_later(self, layer: int, used: Array) -> None:
+        """From keys not used since the visit that a state, recent or older, foretold."""
+        age, before, older = self._age[layer], self._features_before[layer], self._older[layer]
+        if self._older_visits[layer] % _OLDER_VISITS == 0:
+            older[:] = before
+            self._older_visits[layer] = 0
+        visits = self._older_visits[layer]
+        self._older_visits[layer] += 1
+        is_waiting = age > 0.0
+        states, labels = before[is_waiting], used[is_waiting]
+        if visits:
+            is_waiting = age > visits
+            states = np.concatenate([states, older[is_waiting]])
+            labels = np.concatenate([labels, used[is_waiting]])
+        weights = self._later_weights
+        weights.learn(states, labels - sigmoid(weights.log_odds(states)))
 
     def _remember(self, layer: int, used: Array) -> None:
         averages, age, features = self._averages[layer], self._age[layer], self._features[layer]
