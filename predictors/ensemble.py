@@ -156,7 +156,7 @@ class EnsembleSession:
         weights = self._of.weights.get(moment, {})
         # Whoever is silent, as a gate without its input, is taken to say k/E.
         share = self._of.fingerprint.top_k / self._of.fingerprint.num_experts
-        silent_logit = float(logit(np.float32(share)))
+        silent_logit = float(logit(np.array([share]))[0])
         total = np.full(shape, weights.get("", silent_logit), np.float32)
         for name, weight in weights.items():
             if name:

@@ -17,7 +17,7 @@ from moe_runtime.trace import Phase, Trace
 from moe_runtime.trace_fields import Array
 
 PHASES = {"prefill": Phase.PREFILL, "decode": Phase.DECODE}
-PARTS = ("all", *PHASES, "seen ids", "unseen ids")
+_COSINE_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +89,22 @@ def evaluate(
         },
         state_bytes=sum(array.nbytes for array in predictor.state().tensors.values()),
     )
+
+
+def router_input_cosines(trace: Trace) -> dict[str, list[float]]:
+    """By distance, for each layer that far ahead, how alike the two routers' inputs are.
+
+    The mean cosine over tokens; where it is low, a gate cannot be asked ahead of time.
+    """
+    if trace.hidden is None:
+        return {}
+    rows = np.flatnonzero(trace.phase != Phase.PADDING)[:_COSINE_ROWS]
+    seen = trace.hidden[rows].astype(np.float32)
+    seen /= np.maximum(np.linalg.norm(seen, axis=-1, keepdims=True), 1e-9)
+    return {
+        str(distance): (seen[:, distance:] * seen[:, :-distance]).sum(-1).mean(0).tolist()
+        for distance in range(1, min(4, trace.num_layers))
+    }
 
 
 def first_sequences(trace: Trace, num_tokens: int) -> Trace:

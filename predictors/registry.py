@@ -7,6 +7,5 @@ from moe_runtime.predictors.ladder import LADDER
 from moe_runtime.predictors.predictor import Predictor
 from moe_runtime.predictors.reuse_network import ReuseNetwork
 
-PREDICTORS: Mapping[str, type[Predictor]] = {
-    kind.name: kind for kind in (*LADDER, ReuseNetwork, Ensemble)
-}
+_KINDS: tuple[type[Predictor], ...] = (*LADDER, ReuseNetwork, Ensemble)
+PREDICTORS: Mapping[str, type[Predictor]] = {kind.name: kind for kind in _KINDS}

@@ -86,7 +86,12 @@ def eval_(
     """
     terminal = Terminal(as_json=as_json)
     with terminal.waiting("reading the trace"):
-        from moe_runtime.predictors.evaluation import evaluate, first_sequences, slots_of_budget
+        from moe_runtime.predictors.evaluation import (
+            evaluate,
+            first_sequences,
+            router_input_cosines,
+            slots_of_budget,
+        )
         from moe_runtime.predictors.registry import PREDICTORS
         from moe_runtime.predictors.split import Split, split_by_sequence
         from moe_runtime.report.predictor_plots import check_plot_name, plot_recall
@@ -132,6 +137,7 @@ def eval_(
                 "held_out": held_out,
                 "seed": seed,
                 "slots_per_layer": num_slots,
+                "router_input_cosines": router_input_cosines(to_judge),
                 "results": [
                     result.as_dict() | {"fit_seconds": seconds}
                     for result, seconds in zip(results, fit_seconds, strict=True)

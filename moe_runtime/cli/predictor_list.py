@@ -1,5 +1,7 @@
 """`moe-runtime predictor list`: which predictors there are, and what each one looks at."""
 
+from typing import Any
+
 from rich.table import Table
 
 from moe_runtime.cli.options import Json
@@ -19,7 +21,7 @@ def list_(as_json: Json = False) -> None:
     with terminal.waiting("starting"):
         from moe_runtime.predictors.registry import PREDICTORS
 
-        found = [
+        found: list[dict[str, Any]] = [
             {
                 "predictor": name,
                 "needs": [_ALWAYS, *sorted(kind.needs)],
@@ -34,5 +36,6 @@ def list_(as_json: Json = False) -> None:
     table = Table("predictor", "trace fields", "checkpoint", "what it is")
     for one in found:
         is_needed = "its gates" if one["needs_model"] else "-"
-        table.add_row(str(one["predictor"]), ", ".join(one["needs"]), is_needed, str(one["what"]))
+        fields = ", ".join(str(field) for field in one["needs"])
+        table.add_row(str(one["predictor"]), fields, is_needed, str(one["what"]))
     terminal.show(table)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_runtime.predictors import ensemble, path_training
+from moe_runtime.predictors import ensemble, gate_lookahead, path_network, path_training
 from moe_runtime.predictors.predictor import Forecast, Predictor, StepRows
 from moe_runtime.predictors.registry import PREDICTORS
 from moe_runtime.predictors.replay import MOMENTS, replay, steps_of
@@ -27,6 +27,8 @@ def fitted(trace: Trace) -> Iterator[dict[str, Predictor]]:
     """All of them; those that learn do so briefly, as these laws need no skill."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_training, "_TOKENS", 1)
+        patch.setattr(path_network, "_WIDTH", 32)
+        patch.setattr(gate_lookahead, "_EPOCHS", 1)
         patch.setattr(ensemble, "_LEAST_GAIN", -1.0)  # every member takes part
         yield {name: kind.fit(trace, facts_for(trace)) for name, kind in PREDICTORS.items()}
 

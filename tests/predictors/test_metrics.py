@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_runtime.predictors.evaluation import router_input_cosines, slots_of_budget
 from moe_runtime.predictors.metrics import score, top_experts
+from moe_runtime.trace import Trace
 from moe_runtime.trace_fields import Array
 
 
@@ -83,3 +85,13 @@ def test_where_nothing_was_said_there_is_no_score() -> None:
 
 def test_of_equal_probabilities_the_lower_expert_comes_first() -> None:
     assert top_experts(np.zeros((1, 4)), 3).tolist() == [[0, 1, 2]]
+
+
+def test_router_inputs_that_are_parallel_have_cosine_1_and_orthogonal_ones_0() -> None:
+    hidden = np.array([[[1, 0], [2, 0], [0, 3]]], np.float16)
+    trace = Trace.of({"topk": np.zeros((1, 3, 1), np.int16), "hidden": hidden})
+    assert router_input_cosines(trace) == {"1": [1, 0], "2": [0]}
+
+
+def test_a_budget_is_rounded_down_to_whole_slots_and_leaves_one() -> None:
+    assert [slots_of_budget(share, 20) for share in (0.35, 0.34, 0.0, 1.0)] == [7, 6, 1, 20]

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from moe_runtime.predictors import path_network
 from moe_runtime.predictors.ensemble import Ensemble
 from moe_runtime.predictors.gate_lookahead import GateCorrected, GateLookahead, gate_topk
 from moe_runtime.predictors.metrics import score
@@ -103,8 +104,11 @@ def test_an_unseen_id_takes_the_counts_of_the_id_with_the_nearest_embedding() ->
 
 
 @pytest.mark.parametrize("name", ["routing_path", "routing_path_decoder", "pregate"])
-def test_a_network_reads_more_than_the_token_itself(name: str) -> None:
-    train = planted(by_two_ids, num_sequences=150)
+def test_a_network_reads_more_than_the_token_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_network, "_WIDTH", 64)  # seconds instead of tens of them
+    train = planted(by_two_ids, num_sequences=100)
     unseen = planted(by_two_ids, num_sequences=5, seed=1)
     fitted = PREDICTORS[name].fit(train, facts_for(train))
     table = PREDICTORS["token_table"].fit(train, facts_for(train))
