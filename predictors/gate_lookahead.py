@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from moe_runtime.errors import PredictorError
 from moe_runtime.predictors.counts import check_fit, frequency, membership
+from moe_runtime.predictors.gate import gate_choice
 from moe_runtime.predictors.logistic import fit_logistic, sigmoid
 from moe_runtime.predictors.predictor import (
     Fingerprint,
@@ -39,34 +40,6 @@ _NUM_FEATURES = 3
 _EPOCHS = 6
 _BATCH_ROWS = 512
 _LEARNING_RATE = 3e-3
-
-
-def gate_choice(gate: Gate, hidden: Array) -> tuple[Array, Array]:
-    """`[T, E]` twice: the value by which the gate ranks experts, and 1 where their group is used.
-
-    The value is the logit for softmax gates, score + selection bias for sigmoid ones.
-    """
-    logits: Array = hidden.astype(np.float32) @ gate.weight.T + gate.bias
-    if gate.is_sigmoid:
-        value: Array = sigmoid(logits) + gate.selection_bias
-    else:
-        value = logits + gate.selection_bias
-    if gate.groups_used == gate.num_groups:
-        return value, np.ones_like(value)
-    grouped = value.reshape(len(value), gate.num_groups, -1)
-    worth = np.sort(grouped, axis=-1)[..., -2:].sum(-1)
-    best = np.argsort(-worth, axis=-1, kind="stable")[:, : gate.groups_used]
-    is_used = np.zeros((len(value), gate.num_groups), np.float32)
-    np.put_along_axis(is_used, best, 1.0, axis=-1)
-    return value, np.repeat(is_used, grouped.shape[-1], axis=-1)
-
-
-def gate_topk(gate: Gate, hidden: Array, top_k: int) -> Array:
-    """`[T, K]`: what the gate chooses, best first."""
-    value, is_used = gate_choice(gate, hidden)
-    ranked = np.argsort(-np.where(is_used > 0, value, -np.inf), axis=-1, kind="stable")
-    chosen: Array = ranked[:, :top_k].astype(np.int16)
-    return chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.measure.routing_sites import fused_sites, router_beside
-from moe_runtime.predictors.gate_lookahead import gate_topk
+from moe_runtime.predictors.gate import gate_topk
 from moe_runtime.predictors.predictor import Fingerprint, Gate, ModelFacts
 from moe_runtime.trace import Phase, Trace
 from moe_runtime.trace_fields import Array

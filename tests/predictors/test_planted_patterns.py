@@ -7,7 +7,8 @@ import pytest
 
 from moe_runtime.predictors import path_network
 from moe_runtime.predictors.ensemble import Ensemble
-from moe_runtime.predictors.gate_lookahead import GateCorrected, GateLookahead, gate_topk
+from moe_runtime.predictors.gate import gate_topk
+from moe_runtime.predictors.gate_lookahead import GateCorrected, GateLookahead
 from moe_runtime.predictors.metrics import score
 from moe_runtime.predictors.predictor import ModelFacts, Predictor
 from moe_runtime.predictors.registry import PREDICTORS
