@@ -176,6 +176,8 @@ def simulate(
     if sizes is None:
         sizes = sorted({max(1, accesses.num_keys * n // 8) for n in _DEFAULT_EIGHTHS})
     _warn_of_small(terminal, min(sizes), found, names)
+    if told_by is not None and "plec" not in names:
+        terminal.warn("only plec listens to a predictor, and it is not among --policies")
     with terminal.progress("replaying") as meter:
         results = replay_all(
             accesses,
