@@ -3,7 +3,6 @@
 N rows, L MoE layers, K experts a token, E experts a layer, B rows of a batch, C slots of a layer.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -78,38 +77,33 @@ def score(probability: Array, topk: Array, *, num_slots: int, seed: int = 0) -> 
     if not sums[0]:
         return None
     count = max(bins[0].sum(), 1)
+    batches = {size: _batch_recall(probability, topk, size, seed) for size in BATCH_SIZES}
     return Score(
         num_rows=int(sums[0]),
         recall=float(sums[1] / sums[0]),
         precision=float(sums[2] / sums[0]),
         slot_recall=float(sums[3] / sums[0]),
         calibration_error=float(np.abs(bins[1] - bins[2]).sum() / count),
-        batch_recall={
-            size: _batch_recall(probability, topk, size, seed)
-            for size in BATCH_SIZES
-            if len(topk) >= size
-        },
+        batch_recall={size: share for size, share in batches.items() if share is not None},
         batch_chance={size: 1 - (1 - top_k / num_experts) ** size for size in BATCH_SIZES},
     )
 
 
-def _batch_recall(probability: Array, topk: Array, size: int, seed: int) -> float:
-    num_rows, num_layers, num_experts = probability.shape
-    rows = np.random.default_rng(seed).permutation(num_rows)[: num_rows // size * size]
+def _batch_recall(probability: Array, topk: Array, size: int, seed: int) -> float | None:
+    """Of batches of rows of which something was said; None where there are too few for one."""
+    num_experts, top_k = probability.shape[-1], topk.shape[-1]
     found, total = 0.0, 0
-    for layer in range(num_layers):
+    for layer in range(probability.shape[1]):
+        is_said = ~np.isnan(probability[:, layer, 0]) & (topk[:, layer] >= 0).any(-1)
+        rows = np.random.default_rng(seed).permutation(np.flatnonzero(is_said))
+        rows = rows[: len(rows) // size * size]
         for start in range(0, len(rows), _BLOCK_ROWS * size):
             block = rows[start : start + _BLOCK_ROWS * size]
             said = probability[block, layer].astype(np.float32)
-            is_said = ~np.isnan(said[:, 0]) & (topk[block, layer] >= 0).any(-1)
-            # A batch of which one row is silent would have the others answer for it.
-            whole = np.repeat(is_said.reshape(-1, size).all(-1), size)
-            if not whole.any():
-                continue
-            guess = membership(top_experts(said[whole], topk.shape[-1]), num_experts)
-            truth = membership(topk[block[whole], layer], num_experts)
+            guess = membership(top_experts(said, top_k), num_experts)
+            truth = membership(topk[block, layer], num_experts)
             guess, truth = (x.reshape(-1, size, num_experts).max(1) for x in (guess, truth))
             shares = (guess * truth).sum(-1) / truth.sum(-1)
             found += float(shares.sum())
             total += len(shares)
-    return found / total if total else math.nan
+    return found / total if total else None

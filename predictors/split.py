@@ -32,7 +32,9 @@ def split_by_sequence(trace: Trace, split: Split) -> tuple[Trace, Trace]:
 def held_out_sequences(trace: Trace, split: Split) -> Array:
     """The ids of the sequences to judge on. Raises PredictorError where there are too few."""
     if not 0 < split.held_out < 1:
-        raise ValueError(f"held-out share {split.held_out} must be above 0 and below 1; write 0.2")
+        raise PredictorError(
+            f"held-out share {split.held_out} must be above 0 and below 1; write 0.2"
+        )
     ids = np.unique(trace.sequence_id)
     if len(ids) < _LEAST_SEQUENCES:
         raise PredictorError(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moe_runtime.cli.options import OUTPUT_PANEL, Json, Revision, TrustRemoteCode
@@ -36,6 +37,7 @@ moe-runtime predictor eval T.npz --predictors gates.safetensors --max-tokens 200
 """
 
 _ALL = "all"
+_TABLE_WIDTH = 104
 _SUFFIX = ".safetensors"
 _LEGEND = (
     "recall of a token's experts among the K most probable: 1, 2, 3 layers ahead; step: all layers "
@@ -190,7 +192,16 @@ def _obtain(
 
 
 def _table(results: "list[Evaluation]", title: str) -> Table:
-    table = Table(title=title, title_justify="left", caption=_LEGEND, caption_justify="left")
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=_LEGEND,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        # What does not fit a narrow terminal is better wrapped by it than squeezed away here.
+        width=_TABLE_WIDTH,
+    )
     table.add_column("predictor")
     table.add_column("phase")
     for name in ("1", "2", "3", "step", "next", "slots", "B=4", "B=16", "error", "us", "size"):

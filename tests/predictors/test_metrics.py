@@ -78,6 +78,15 @@ def test_calibration_error_is_how_far_what_was_said_is_from_what_happened() -> N
     assert found.calibration_error == pytest.approx((0.3 + 0.1) / 2, abs=1e-3)
 
 
+def test_batches_are_made_of_rows_of_which_something_was_said() -> None:
+    said, chosen = cases(0)
+    said[5:] = np.nan
+    found = score(said, chosen, num_slots=2)
+    assert found is not None
+    assert set(found.batch_recall) == {1, 4}
+    assert found.batch_recall[1] == pytest.approx(found.recall)
+
+
 def test_where_nothing_was_said_there_is_no_score() -> None:
     said, chosen = cases(0)
     assert score(np.full_like(said, np.nan), chosen, num_slots=2) is None
