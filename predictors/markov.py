@@ -166,7 +166,7 @@ class MarkovSession:
         if self._after_two is not None and earlier is not None:
             first = earlier[:, 0]
             has_pair = (first >= 0)[:, None]
-            pairs = np.einsum("ts,tse->te", weight, self._after_two[start, np.maximum(first, 0)])
+            pairs = np.einsum("bs,bse->be", weight, self._after_two[start, np.maximum(first, 0)])
             reached = np.where(has_pair, pairs, reached)
         said[:, 0] = np.where(is_known, reached, self._shares[start])
         for layer in range(start + 1, end):
