@@ -3,7 +3,7 @@
 L MoE layers, E experts a layer, P items (slots) a layer, G GPUs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -141,20 +141,6 @@ class CostModel:
             nearest[:, expert] = np.minimum(nearest[:, expert], self.costs[:, gpu])
         hop = nearest[np.ix_(here, self.expert[layer + 1])]  # each of n replicas of q pays this
         return float((self.chain[layer] / self.replicas[layer + 1][None, :] * hop).sum())
-
-    def select(self, layers: slice) -> "CostModel":
-        """Only consecutive `layers`, as if nothing stood before or after them."""
-        first, last, _ = layers.indices(self.num_layers)
-        return replace(
-            self,
-            chain=self.chain[first : last - 1],
-            within=None if self.within is None else self.within[layers],
-            unary=None if self.unary is None else self.unary[layers],
-            load=self.load[layers],
-            expert=self.expert[layers],
-            replicas=self.replicas[layers],
-            offset=0.0,
-        )
 
 
 def to_placement(problem: Problem, expert: Array, gpu: Array, made: dict[str, object]) -> Placement:

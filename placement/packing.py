@@ -9,10 +9,11 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
-_SHARPNESS = 16.0  # of the mean of powers that stands for the greatest load, and sees ties
-_LEAST_GAIN = 1e-5  # of it: less is not worth a step
-_KICK_EFFORT = 6000  # kicks x slots
-_MOST_KICKS, _FEWEST_KICKS = 250, 4
+_SQUARINGS = 4  # a sum of 16th powers stands for the greatest load, and sees ties
+_LEAST_GAIN = 1e-12  # of it: less may be rounding
+_KICK_EFFORT = 1500  # kicks x slots
+_MOST_KICKS, _FEWEST_KICKS = 60, 4
+_PATIENCE = 10  # times as many kicks while the load is above what must be reached
 
 
 def gpu_loads(load_E: Array, holds: Array) -> Array:
@@ -45,32 +46,55 @@ def first_packing(load_E: Array, count_E: Array, num_gpus: int) -> Array:
     return holds
 
 
-def improve(load_E: Array, starts: list[Array], *, good_enough: float, seed: int = 0) -> Array:
+def least_load(load_E: Array, num_slots: int, num_gpus: int) -> float:
+    """What the busiest GPU of any packing has at least.
+
+    The mean; and, of all levels x, the least at which slots suffice: beside a replica of e a GPU
+    has capacity - 1 others, each with no less than its load over the most replicas it can have, so
+    e needs load[e] / (x - the lightest of those) replicas.
+    """
+    capacity, spare = num_slots // num_gpus, num_slots - len(load_E)
+    floors = np.sort(load_E / min(num_gpus, 1 + spare))
+    beside = float(floors[: capacity - 1].sum())
+    low, high = float(load_E.sum() / num_gpus), float(load_E.max() + beside)
+    if low >= high:
+        return low
+    for _ in range(60):
+        level = (low + high) / 2
+        room = level - beside
+        fits = room > 0 and np.maximum(np.ceil(load_E / room), 1).sum() <= num_slots
+        low, high = (low, level) if fits else (level, high)
+    return low
+
+
+def improve(
+    load_E: Array, starts: list[Array], *, goal: float, known: float = np.inf, seed: int = 0
+) -> Array:
     """The best of `starts` after swaps, and exchanges of one expert's replica for another's.
 
     Each descends to a local optimum; the best is then shaken again and again, and kept where that
-    does not make it worse, until the busiest has `good_enough` of the mean. Never worse than a
-    start.
+    does not make it worse, until the busiest has at most the load `goal`; with more patience while it has more than `known`,
+    which some other packing is known to reach. Never worse than a start.
     """
     rng = np.random.default_rng(seed)
 
     def busiest(holds: Array) -> float:
         return float(gpu_loads(load_E, holds).max())
 
-    even = load_E.sum() / len(starts[0])
     best, least = starts[0], busiest(starts[0])
     for start in starts:
-        for holds in (start, _descend(load_E, start)):
+        for holds in (start, _descend(load_E, start, goal)):
             if busiest(holds) < least:
                 best, least = holds, busiest(holds)
-        if least <= even * good_enough:
+        if least <= goal:
             return best
     current = best
     kicks = int(np.clip(_KICK_EFFORT // best.sum(), _FEWEST_KICKS, _MOST_KICKS))
-    for _ in range(kicks if 1 < best[0].sum() < best.shape[1] else 0):
-        if least <= even * good_enough:
+    can_move = 1 < best[0].sum() < best.shape[1]
+    for kick in range(kicks * _PATIENCE if can_move else 0):
+        if least <= goal or (kick >= kicks and least <= known):
             break
-        trial = _descend(load_E, _kicked(current, rng))
+        trial = _descend(load_E, _kicked(current, rng), goal)
         load = busiest(trial)
         if load <= least * 1.02:
             current = trial
@@ -98,7 +122,7 @@ def _make_room(holds: Array, room: Array, expert: int) -> tuple[int, int, int]:
     raise AssertionError(f"expert {expert} has more replicas than there are GPUs")
 
 
-def _descend(load_E: Array, holds: Array) -> Array:
+def _descend(load_E: Array, holds: Array, goal: float) -> Array:
     """The best move that unloads the busiest GPU, while one makes the loads more even."""
     holds = holds.copy()
     mean = load_E.sum() / len(holds)
@@ -106,20 +130,30 @@ def _descend(load_E: Array, holds: Array) -> Array:
         count_E = holds.sum(axis=0)
         loads = holds @ (load_E / count_E) / mean
         busiest = int(loads.argmax())
+        if loads[busiest] * mean <= goal:
+            return holds
         moves, after = _swaps(load_E / count_E / mean, holds, loads, busiest)
         if count_E.max() > 1:
             more_moves, more_after = _exchanges(load_E / mean, holds, count_E, loads, busiest)
             moves, after = np.concatenate([moves, more_moves]), np.concatenate([after, more_after])
         if not len(moves):
             return holds
-        uneven = (after**_SHARPNESS).sum(axis=1)
+        uneven = _unevenness(after)
         chosen = int(uneven.argmin())
-        if uneven[chosen] >= (loads**_SHARPNESS).sum() * (1 - _LEAST_GAIN):
+        if uneven[chosen] >= _unevenness(loads) * (1 - _LEAST_GAIN):
             return holds
         gpu, loses, other, gains = (int(i) for i in moves[chosen])
         holds[gpu, loses], holds[gpu, gains] = False, True
         if other >= 0:
             holds[other, gains], holds[other, loses] = False, True
+
+
+def _unevenness(loads: Array) -> Array:
+    """Sum over the last axis of high powers of loads whose mean is 1."""
+    for _ in range(_SQUARINGS):
+        loads = loads * loads
+    total: Array = loads.sum(axis=-1)
+    return total
 
 
 def _swaps(share_E: Array, holds: Array, loads: Array, busiest: int) -> tuple[Array, Array]:

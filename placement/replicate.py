@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_runtime.placement.eplb import eplb_slots
-from moe_runtime.placement.packing import first_packing, improve
+from moe_runtime.placement.packing import first_packing, improve, least_load
 
 Array = np.ndarray[Any, Any]
 
@@ -28,8 +28,8 @@ def replicate(
     Starts: counts by EPLB's rule (one more replica for the largest load a replica), at most one a
     GPU, packed heaviest first; counts that bring every heavy expert's replicas just under a level,
     for several levels, the slots left over going to light ones, which pack more evenly; and EPLB's
-    own answer, with other experts in place of duplicates. All are improved, and the best stays;
-    busiest over mean of `good_enough` ends a layer early.
+    own answer, with other experts in place of duplicates. All are improved, and the best stays. A
+    layer ends early with busiest over mean of `good_enough`, if EPLB does no better, or with proof.
     """
     expert = np.empty((len(loads), num_slots), np.int32)
     gpu = np.empty_like(expert)
@@ -49,16 +49,23 @@ def busiest_over_mean(loads: Array, expert: Array, gpu: Array, num_gpus: int) ->
 
 
 def _layer(load_E: Array, num_slots: int, num_gpus: int, good_enough: float) -> Array:
+    even, least = load_E.sum() / num_gpus, least_load(load_E, num_slots, num_gpus)
+    goal = max(even * good_enough, least * _EVEN)
     if num_slots == len(load_E):
         single = first_packing(load_E, np.ones(num_slots, np.int64), num_gpus)
-        return improve(load_E, [single], good_enough=good_enough)
+        return improve(load_E, [single], goal=goal)
     spare = num_slots - len(load_E)
     counts = [_grown(load_E, np.ones(len(load_E), np.int64), spare, num_gpus)]
     for level in _LEVELS:
         counts += _below(load_E, level * load_E.sum() / num_gpus, num_slots, num_gpus)
     starts = [first_packing(load_E, count, num_gpus) for count in counts]
-    starts.append(_without_duplicates(load_E, num_slots, num_gpus))
-    return improve(load_E, starts, good_enough=good_enough)
+    slots = eplb_slots(
+        load_E[None], num_slots=num_slots, num_groups=1, num_nodes=1, num_gpus=num_gpus
+    )
+    rank = np.arange(num_slots)[None] // (num_slots // num_gpus)
+    published = even * busiest_over_mean(load_E[None], slots, rank, num_gpus)[0]
+    starts.append(_without_duplicates(load_E, slots[0].reshape(num_gpus, -1)))
+    return improve(load_E, starts, goal=min(goal, max(published, least)), known=published)
 
 
 def _below(load_E: Array, level: float, num_slots: int, num_gpus: int) -> list[Array]:
@@ -83,15 +90,12 @@ def _grown(load_E: Array, count: Array, spare: int, num_gpus: int) -> Array:
     return count
 
 
-def _without_duplicates(load_E: Array, num_slots: int, num_gpus: int) -> Array:
-    """EPLB's global policy; where a GPU has an expert twice, the second makes room for another."""
-    slots = eplb_slots(
-        load_E[None], num_slots=num_slots, num_groups=1, num_nodes=1, num_gpus=num_gpus
-    )
-    holds = np.zeros((num_gpus, len(load_E)), np.bool_)
-    for gpu, held in enumerate(slots[0].reshape(num_gpus, -1)):
+def _without_duplicates(load_E: Array, slots: Array) -> Array:
+    """EPLB's answer `slots` `[G, P / G]`; the second replica on a GPU makes room for another."""
+    holds = np.zeros((len(slots), len(load_E)), np.bool_)
+    for gpu, held in enumerate(slots):
         holds[gpu, held] = True
-    for gpu, held in enumerate(slots[0].reshape(num_gpus, -1)):
+    for gpu, held in enumerate(slots):
         for _ in range(len(held) - len(set(held.tolist()))):
             share_E = np.where(holds[gpu], -1.0, load_E / holds.sum(axis=0))
             holds[gpu, share_E.argmax()] = True

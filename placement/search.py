@@ -23,6 +23,7 @@ _COLDEST = 0.003  # in units of what an item pays, where hardly a swap is taken
 _PENALTY = (
     0.5  # of load above the limit, in units of what a layer pays; rises tenfold while cooling
 )
+_PROPOSALS_PER_SWAP = 1625  # so often is each pair of a layer looked at, where that is affordable
 _LEAST_GAIN = 2e-4  # of the objective: a round that brings less is the last
 _NUMPY_SLOWNESS = 100  # proposals a second, compiled over numpy
 _FINAL_PENALTY = 1e3  # so that no gain outweighs load above the limit
@@ -49,7 +50,9 @@ class SearchPlan:
     def for_model(cls, model: CostModel) -> "SearchPlan":
         items = model.num_layers * model.num_items
         is_large = items > 4096
-        proposals = int(np.clip(26_000 * items, 200_000, 30_000_000 if is_large else 20_000_000))
+        swaps = items * model.num_items / 2
+        most = 30_000_000 if is_large else 20_000_000
+        proposals = int(np.clip(_PROPOSALS_PER_SWAP * swaps, 100_000, most))
         if not is_compiled():
             proposals = max(proposals // _NUMPY_SLOWNESS, 20_000)
         return cls(

@@ -18,7 +18,6 @@ from moe_runtime.placement.exact import is_small_enough, solve_exactly
 from moe_runtime.placement.hierarchy import two_stages
 from moe_runtime.placement.hungarian import hungarian_chain, is_hungarian
 from moe_runtime.placement.milp import solve_programme
-from moe_runtime.placement.polish import can_polish, polish
 from moe_runtime.placement.problem import Problem
 from moe_runtime.placement.rename import rename
 from moe_runtime.placement.replicate import replicate
@@ -31,8 +30,8 @@ Array = np.ndarray[Any, Any]
 SOLVERS = ("auto", "dp", "hungarian", "search", "ilp", "eplb")
 _PROOF_GAP = 1e-9  # of the objective: sums in another order differ by less
 _BOUND_SHARE = 0.25  # of the time, kept for the bound
+_INTERRUPTED_BOUND_SECONDS = 2.0  # who interrupts does not want to wait for a bound
 _EVEN_ENOUGH = 1.05  # busiest over mean of a start, where no limit is asked for
-_POLISH_SECONDS = 2.0  # a window of HiGHS cannot be interrupted, so all of them together get this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,6 +90,8 @@ def solve(
         found = replace(found, gpu=gpu)
     objective = found.model.objective(found.gpu)
     left = time_limit_seconds - (time.monotonic() - began)
+    if found.stopped_by is StoppedBy.INTERRUPTED:
+        left = min(left, _INTERRUPTED_BOUND_SECONDS)
     bound = found.bound or run.bound(found, left)
     is_optimal = objective - bound.value <= _PROOF_GAP
     seconds = time.monotonic() - began
@@ -141,14 +142,30 @@ class _Run:
         self._num_processes = num_processes
         self._on_progress = on_progress
         # A search only needs a start within the limit.
-        wanted = problem.balance or _EVEN_ENOUGH
-        self._expert, self._fallback = replicate(
-            problem.counts.loads,
-            problem.num_slots,
-            problem.gpus,
-            good_enough=1.0 if is_load_all else wanted,
-        )
+        self._good_enough = 1.0 if is_load_all else problem.balance or _EVEN_ENOUGH
+        self._start: Array | None = None
+        if problem.is_replicated:
+            self._expert, self._start = self._replicate()
+        else:
+            every = np.arange(problem.counts.num_experts, dtype=np.int32)
+            self._expert = np.tile(every, (problem.counts.num_layers, 1))
         self._plain = CostModel.of(problem, self._expert)  # all but the cocluster term
+
+    @property
+    def _fallback(self) -> Array:
+        """`[L, P]`: within the load limit, if any is found; made when a solver asks for it."""
+        if self._start is None:
+            self._start = self._replicate()[1]
+        return self._start
+
+    def _replicate(self) -> tuple[Array, Array]:
+        counts = self._problem.counts
+        return replicate(
+            counts.loads,
+            self._problem.num_slots,
+            self._problem.gpus,
+            good_enough=self._good_enough,
+        )
 
     def solve(self, kind: str, engine: str | None) -> _Found:
         """Run one solver."""
@@ -202,7 +219,7 @@ class _Run:
 
     def _check_limit(self) -> None:
         """Raise PlacementError unless the fallback is within the load limit."""
-        if self._plain.is_within_limit(self._fallback):
+        if self._problem.balance is None or self._plain.is_within_limit(self._fallback):
             return
         loads = self._plain.gpu_loads(self._fallback).max(axis=1)
         layer = int(loads.argmax())
@@ -290,17 +307,7 @@ class _Run:
             starts=starts,
             on_progress=self._on_progress,
         )
-        if stopped_by is StoppedBy.CONVERGED and can_polish(model):
-            gpu = self._polished(model, gpu)
         return _Found(gpu=gpu, model=model, solver="search", stopped_by=stopped_by)
-
-    def _polished(self, model: CostModel, gpu: Array) -> Array:
-        """Windows solved as integer programmes, in a process that an interrupt may leave behind."""
-        seconds = min(self._control.remaining_seconds(), _POLISH_SECONDS)
-        if seconds <= 0:
-            return gpu
-        control = Control(seconds)
-        return run_jobs([lambda _: polish(model, gpu, control)], self._control, num_processes=1)[0]
 
     def _cocluster(self) -> tuple[CostModel, Array]:
         """The model whose unary prices come from the best groups of tokens found by turns."""

@@ -75,7 +75,7 @@ def measure_gpt_oss(arguments: argparse.Namespace) -> None:
         _judge(gpus, "linear", linear(counts, gpus), learn, held_out, None)
         published = eplb(counts, gpus, num_slots=counts.num_experts)
         _judge(gpus, "EPLB as published", published, learn, held_out, None)
-        for balance in (None, 1.2, 1.12, 1.1, 1.08, 1.05):
+        for balance in (None, 1.12, 1.1):
             problem = Problem(
                 counts=counts,
                 topology=Topology.flat(gpus),

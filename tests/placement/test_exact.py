@@ -10,7 +10,6 @@ from moe_runtime.placement.exact import is_small_enough, solve_exactly
 from moe_runtime.placement.hungarian import hungarian_chain, is_hungarian
 from moe_runtime.placement.milp import solve_programme
 from moe_runtime.placement.objective import Objective
-from moe_runtime.placement.polish import can_polish, polish
 from moe_runtime.placement.solve import solve
 from moe_runtime.placement.workers import Control
 from tests.placement.problems import (
@@ -116,26 +115,6 @@ def test_a_solver_that_pulp_does_not_know_is_named() -> None:
         solve(problem, solver="ilp:SOLVO")
     with pytest.raises(ImportError, match="GUROBI is not installed; installed are"):
         solve(problem, solver="ilp:GUROBI")
-
-
-def test_polishing_never_raises_the_objective_and_ends_in_optimal_windows() -> None:
-    problem = make_problem(5, num_experts=6, gpus=2, num_layers=5)
-    model = model_of(problem)
-    start = np.tile(np.arange(6) % 2, (5, 1)).astype(np.int32)
-    assert can_polish(model)
-    polished = polish(model, start, Control(60))
-    exact = solve_exactly(model, Control(60))
-    assert exact is not None
-    assert model.objective(exact[0]) - CLOSE <= model.objective(polished) < model.objective(start)
-
-
-def test_a_window_as_long_as_the_model_is_solved_exactly() -> None:
-    problem = make_problem(6, num_experts=6, gpus=2, num_layers=3, balance=1.2)
-    model = model_of(problem)
-    exact = solve_exactly(model, Control(60))
-    assert exact is not None
-    polished = polish(model, exact[0][::-1].copy(), Control(60))
-    assert model.objective(polished) == pytest.approx(model.objective(exact[0]), abs=1e-6)
 
 
 @pytest.mark.parametrize("gpus", [2, 4, 8])

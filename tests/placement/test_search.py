@@ -173,15 +173,15 @@ def test_descent_never_raises_the_objective_and_stays_balanced_in_numbers(
 
 
 @pytest.mark.parametrize("balance", [1.02, 1.1])
-@pytest.mark.parametrize("slots", [32, 40])
+@pytest.mark.parametrize("slots", [24, 28])
 def test_every_layer_is_within_the_limit(balance: float, slots: int) -> None:
     problem = make_problem(
-        2, num_experts=32, gpus=4, num_layers=4, balance=balance, num_slots=slots, planted=0.5
+        2, num_experts=24, gpus=4, num_layers=2, balance=balance, num_slots=slots, planted=0.5
     )
     result = solve(problem, solver="search")  # solve checks; this is the independent sum
     loads = problem.counts.loads
     for layer, held in enumerate(result.placement.by_gpu()):
-        copies = np.bincount(held.ravel(), minlength=32)
+        copies = np.bincount(held.ravel(), minlength=24)
         per_gpu = (loads[layer] / copies)[held].sum(axis=1)
         assert per_gpu.max() <= (balance + 1e-6) * per_gpu.mean()
 
