@@ -73,8 +73,8 @@ def improve(
     """The best of `starts` after swaps, and exchanges of one expert's replica for another's.
 
     Each descends to a local optimum; the best is then shaken again and again, and kept where that
-    does not make it worse, until the busiest has at most the load `goal`; with more patience while it has more than `known`,
-    which some other packing is known to reach. Never worse than a start.
+    does not make it worse, until the busiest has at most the load `goal`; with more patience while
+    it has more than `known`, which some other packing is known to reach. Never worse than a start.
     """
     rng = np.random.default_rng(seed)
 

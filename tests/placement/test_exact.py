@@ -1,6 +1,5 @@
 """Exact solvers are exact: beside all placements of tiny problems, and beside each other."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
