@@ -54,7 +54,7 @@ class SearchPlan:
         most = 30_000_000 if is_large else 20_000_000
         proposals = int(np.clip(_PROPOSALS_PER_SWAP * swaps, 100_000, most))
         if not is_compiled():
-            proposals = max(proposals // _NUMPY_SLOWNESS, 20_000)
+            proposals = max(proposals // _NUMPY_SLOWNESS, 5_000)
         return cls(
             num_starts=4 if is_large else 12,
             num_rounds=2 if is_large else 4,
