@@ -128,7 +128,7 @@ class PLECPolicy:
         used[experts] = 1.0
         difference = (advice - own)[is_advised]
         errors = (used - sigmoid(own + self._trust * (advice - own)))[is_advised]
-        slope = float(errors @ difference)
+        slope = float((errors * difference).sum())
         self._trust_squares += slope * slope
         step = _TRUST_STEP * slope / self._trust_squares**0.5
         self._trust = min(1.0, max(0.0, self._trust + step))

@@ -143,7 +143,11 @@ class ReuseModel:
 
 
 class _SharedWeights:
-    """Logistic regression on features that all experts share, fitted one visit at a time."""
+    """Logistic regression on features that all experts share, fitted one visit at a time.
+
+    Sums are numpy's own and no matrix products: BLAS may add in another order where memory lies
+    otherwise, and a last bit decides who leaves. Equal visits must give equal decisions.
+    """
 
     def __init__(self) -> None:
         self.values = np.zeros(_NUM_FEATURES, np.float32)
@@ -151,11 +155,11 @@ class _SharedWeights:
         self._squares = np.full(_NUM_FEATURES, _FIRST_SQUARE, np.float32)
 
     def log_odds(self, features: Array) -> Array:
-        found: Array = features @ self.values
+        found: Array = (features * self.values).sum(axis=1)
         return found
 
     def learn(self, features: Array, errors: Array) -> None:
-        gradient = errors @ features
+        gradient = (errors[:, None] * features).sum(axis=0)
         self._squares += gradient * gradient
         self.values += _SHARED_STEP * gradient / np.sqrt(self._squares)
 
