@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import moe_runtime
-from moe_runtime.kernels.cpu.gemv_status import ACTIVE, NOT_BUILT
+from moe_runtime.kernels.cpu.gemv_status import ACTIVE
+from moe_runtime.kernels.cpu.library import NOT_BUILT
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("kernels", "placement", "predictors")

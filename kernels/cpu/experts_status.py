@@ -3,14 +3,13 @@
 import ctypes
 from pathlib import Path
 
-_LIBRARY = "experts_library.so"  # setup.py builds experts.c under this name
+from moe_runtime.kernels.cpu.library import open_library
+
 _INTERFACE = 2  # the number in experts.c that changes with a signature or a struct
 
 # Names of the instructions, best first, as `enum level` numbers them.
 LEVELS = {"avx512_bf16": 3, "avx512f": 2, "avx2": 1}
 DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2}  # `enum dtype`
-NOT_BUILT = "torch (no compiled library: pip install -e . with a C compiler)"
-OTHER_BUILD = "torch (compiled library is of another version: pip install -e . again)"
 NO_INSTRUCTIONS = "torch (CPU has no AVX2 with FMA and F16C)"
 
 
@@ -32,14 +31,7 @@ def best_level(library: ctypes.CDLL, dtype: str) -> str | None:
 
 def open_experts_library(folder: Path = Path(__file__).parent) -> ctypes.CDLL | str:
     """The library in `folder`, or the status that says why it cannot be used."""
-    path = folder / _LIBRARY
-    if not path.is_file():
-        return NOT_BUILT
-    try:
-        library = ctypes.CDLL(str(path))
-        interface = library.moe_experts_interface()
-    except (OSError, AttributeError):  # built on another system, or not this library
-        return OTHER_BUILD
-    if interface != _INTERFACE:
-        return OTHER_BUILD
+    library = open_library(folder, "experts", _INTERFACE)
+    if isinstance(library, str):
+        return library
     return library if best_level(library, "float32") is not None else NO_INSTRUCTIONS

@@ -3,12 +3,11 @@
 import ctypes
 from pathlib import Path
 
-_LIBRARY = "unpack_library.so"  # setup.py builds unpack.c under this name
+from moe_runtime.kernels.cpu.library import open_library
+
 _INTERFACE = 2  # the number in unpack.c that changes with a signature or a struct
 
 LEVELS = ("c", "avx2", "avx512")  # by the number that unpack.c gives them
-NOT_BUILT = "torch (no compiled library: pip install -e . with a C compiler)"
-OTHER_BUILD = "torch (compiled library is of another version: pip install -e . again)"
 NO_SUPPORT = "torch (the compiled library needs a little-endian CPU)"
 
 
@@ -20,14 +19,7 @@ def unpack_status() -> str:
 
 def open_unpack_library(folder: Path = Path(__file__).parent) -> ctypes.CDLL | str:
     """The library in `folder`, or the status that says why it cannot be used."""
-    path = folder / _LIBRARY
-    if not path.is_file():
-        return NOT_BUILT
-    try:
-        library = ctypes.CDLL(str(path))
-        interface = library.moe_unpack_interface()
-    except (OSError, AttributeError):  # built on another system, or not this library
-        return OTHER_BUILD
-    if interface != _INTERFACE:
-        return OTHER_BUILD
+    library = open_library(folder, "unpack", _INTERFACE)
+    if isinstance(library, str):
+        return library
     return library if library.moe_unpack_supported() else NO_SUPPORT

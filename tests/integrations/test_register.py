@@ -22,7 +22,7 @@ from moe_runtime.integrations.transformers.register import (
 )
 from moe_runtime.kernels.cpu import experts as face
 from moe_runtime.kernels.cpu.experts import CpuExperts, Gate
-from moe_runtime.kernels.cpu.experts_status import NOT_BUILT
+from moe_runtime.kernels.cpu.library import NOT_BUILT
 from moe_runtime.layer import Accumulator
 from tests.tiny_models import (
     experts_modules,

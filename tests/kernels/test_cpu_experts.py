@@ -21,11 +21,10 @@ from moe_runtime.kernels.cpu.experts import CpuExperts, Gate
 from moe_runtime.kernels.cpu.experts_status import (
     LEVELS,
     NO_INSTRUCTIONS,
-    NOT_BUILT,
-    OTHER_BUILD,
     experts_status,
     open_experts_library,
 )
+from moe_runtime.kernels.cpu.library import NOT_BUILT, OTHER_BUILD
 from moe_runtime.kernels.cpu.linear import CpuLinear
 from moe_runtime.kernels.reference import cpu_experts_reference
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from moe_runtime.kernels.cpu import gemv as face
 from moe_runtime.kernels.cpu.gemv import CpuGemv
-from moe_runtime.kernels.cpu.gemv_status import NOT_BUILT, OTHER_BUILD, open_gemv_library
+from moe_runtime.kernels.cpu.gemv_status import open_gemv_library
+from moe_runtime.kernels.cpu.library import NOT_BUILT, OTHER_BUILD
 from moe_runtime.kernels.reference import bf16_gemv_reference
 
 SOURCE = Path(face.__file__).with_name("gemv.c")

@@ -14,13 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_runtime.kernels.cpu import unpack as face
+from moe_runtime.kernels.cpu.library import NOT_BUILT, OTHER_BUILD
 from moe_runtime.kernels.cpu.unpack import load_codec
-from moe_runtime.kernels.cpu.unpack_status import (
-    LEVELS,
-    NOT_BUILT,
-    OTHER_BUILD,
-    open_unpack_library,
-)
+from moe_runtime.kernels.cpu.unpack_status import LEVELS, open_unpack_library
 from moe_runtime.kernels.packed_blocks import (
     ALTERED,
     FOREIGN,
