@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_runtime.engine import Weights
 from moe_runtime.integrations.transformers.experts import reference_forward
+from moe_runtime.integrations.transformers.in_memory import InMemory
 from moe_runtime.kernels.cpu.gemv import CpuGemv
 from moe_runtime.layer import (
     Accumulator,
@@ -103,7 +104,7 @@ def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
         [torch.randperm(_NUM_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_NUM_TOKENS)]
     )
     routing = torch.rand(_NUM_TOKENS, _TOP_K, generator=generator)
-    access = _InMemory(weights)
+    access = InMemory(weights)
     with torch.no_grad():
         for router_dtype in {torch.float32, dtype}:
             scores = routing.to(router_dtype)
@@ -168,20 +169,3 @@ def _real(child: nn.Module, generator: torch.Generator) -> nn.Module:
     for tensor in (*child.parameters(), *child.buffers()):
         nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
     return child
-
-
-class _InMemory:
-    """Experts that are simply there."""
-
-    def __init__(self, weights: list[Weights]) -> None:
-        self._weights = weights
-        self.max_together = len(weights)
-
-    def is_ready(self, expert: int) -> bool:
-        return True
-
-    def weights(self, expert: int) -> Weights:
-        return self._weights[expert]
-
-    def release(self, expert: int) -> None:
-        """Nothing to free."""

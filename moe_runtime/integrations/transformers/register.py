@@ -14,6 +14,7 @@ from moe_runtime.engine import Weights
 from moe_runtime.fast_layer import MAX_KERNEL_ROWS, FastMath
 from moe_runtime.integrations.transformers.experts import reference_forward
 from moe_runtime.integrations.transformers.fast import fast_math
+from moe_runtime.integrations.transformers.in_memory import InMemory
 from moe_runtime.integrations.transformers.proof import expert_math
 from moe_runtime.layer import Accumulator, Dispatch
 
@@ -85,7 +86,7 @@ class ResidentExperts:
         dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, len(plan.weights))
         if not dispatch.experts:
             return torch.zeros_like(hidden_TD)
-        return plan.math.run(hidden_TD, dispatch, _InMemory(plan.weights))
+        return plan.math.run(hidden_TD, dispatch, InMemory(plan.weights))
 
     def _plan(self, module: nn.Module) -> _Plan:
         found = self._plans.get(module)
@@ -95,23 +96,6 @@ class ResidentExperts:
                 self._said.add(found.path)
                 logger.info("experts of %s: %s", type(module).__name__, found.path)
         return found
-
-
-class _InMemory:
-    """Experts that are simply there."""
-
-    def __init__(self, weights: Sequence[Weights]) -> None:
-        self._weights = weights
-        self.max_together = len(weights)
-
-    def is_ready(self, expert: int) -> bool:
-        return True
-
-    def weights(self, expert: int) -> Weights:
-        return self._weights[expert]
-
-    def release(self, expert: int) -> None:
-        """Nothing to free."""
 
 
 def _own_forward(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
