@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_runtime.errors import MoERuntimeError as MoERuntimeError
+    from moe_runtime.integrations.transformers.generate_batches import (
+        generate_batches as generate_batches,
+    )
     from moe_runtime.integrations.transformers.handle import Handle as Handle
     from moe_runtime.integrations.transformers.handle import handle as handle
     from moe_runtime.integrations.transformers.linears import speed_up_linears as speed_up_linears
@@ -18,6 +21,7 @@ __version__ = "0.1.0"
 _OWNERS = {
     "Handle": "moe_runtime.integrations.transformers.handle",
     "MoERuntimeError": "moe_runtime.errors",
+    "generate_batches": "moe_runtime.integrations.transformers.generate_batches",
     "handle": "moe_runtime.integrations.transformers.handle",
     "load": "moe_runtime.integrations.transformers.load",
     "offload": "moe_runtime.integrations.transformers.offload",
@@ -29,6 +33,7 @@ __all__ = [
     "Handle",
     "MoERuntimeError",
     "__version__",
+    "generate_batches",
     "handle",
     "load",
     "offload",

@@ -8,20 +8,13 @@ import numpy as np
 from torch import nn
 
 from moe_runtime.errors import UnsupportedModelError
-from moe_runtime.integrations.transformers.handle import handle
-from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
+from moe_runtime.integrations.transformers.handle import sites_of
+from moe_runtime.integrations.transformers.sites import ExpertSite
 
 
 def fused_sites(model: nn.Module) -> list[ExpertSite]:
     """The MoE layers, offloaded or not, in the order of an ExpertKey's layers."""
-    try:
-        sites = list(handle(model).sites)
-    except UnsupportedModelError:
-        sites = find_sites(model)
-    if not sites:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no experts to record; give a Mixture-of-Experts model"
-        )
+    sites = sites_of(model)
     for site in sites:
         if not site.is_fused:
             raise UnsupportedModelError(

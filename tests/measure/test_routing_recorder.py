@@ -264,7 +264,7 @@ def test_experts_in_lists_are_refused(tmp_path: Path) -> None:
     block.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
     for module, message in (
         (block, "experts is a list of modules"),
-        (torch.nn.Linear(4, 4), "Linear has no experts to record"),
+        (torch.nn.Linear(4, 4), "Linear has no experts"),
     ):
         with (
             pytest.raises(UnsupportedModelError, match=message),

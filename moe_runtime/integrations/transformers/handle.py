@@ -24,7 +24,7 @@ from moe_runtime.integrations.transformers.experts import (
     argument_names,
     offloaded_class,
 )
-from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
@@ -334,6 +334,18 @@ def handle(model: nn.Module) -> Handle:
         f"{type(model).__name__} has no offloaded experts; use moe_runtime.load() or "
         "moe_runtime.offload()"
     )
+
+
+def sites_of(model: nn.Module) -> list[ExpertSite]:
+    """The MoE layers of a model, offloaded or not. Raises UnsupportedModelError if it has none."""
+    if any(isinstance(module, OffloadedModule) for module in model.modules()):
+        return list(handle(model).sites)
+    sites = find_sites(model)
+    if not sites:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no experts; give a Mixture-of-Experts model"
+        )
+    return sites
 
 
 def refuse_twice(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Places of a model that hold experts."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ class ExpertSite:
     num_experts: int
     top_k: int
     parameters: tuple[ExpertParameter, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's parameters."""
+        return sum(math.prod(p.shape) * p.dtype.itemsize for p in self.parameters)
 
     def tensor_names(self, parameter: str) -> list[str]:
         """Full names of the tensors behind `parameter`: one fused, or one an expert."""
