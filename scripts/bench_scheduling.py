@@ -118,7 +118,7 @@ def measure_run(arguments: argparse.Namespace) -> None:
     lines = arguments.prompts.read_text().splitlines()[-4 * 2 * BATCH :]
     texts = [json.loads(line)["prompt"] for line in lines]
     tokenizer = load_tokenizer(Path(arguments.model))
-    _head("predictor", "tokens/s", "expert bytes a token", "regroupings", "KV bytes moved a token")
+    _head("predictor", "tokens/s", "expert bytes a token", "exchanges", "KV bytes moved a token")
     rows: dict[str, list[tuple[float, ...]]] = {"none": [], arguments.predictor.name: []}
     outputs = []
     for _ in range(3):
@@ -137,14 +137,14 @@ def measure_run(arguments: argparse.Namespace) -> None:
                 (
                     tokens / seconds,
                     read / tokens,
-                    report.regroupings,
+                    report.exchanges,
                     report.kv_bytes_copied / tokens,
                 )
             )
             outputs.append([sequence.token_ids for sequence in found.sequences])
     for name, values in rows.items():
-        rate, read, regroupings, moved = np.median(np.array(values), 0)
-        print(f"| {name} | {rate:.1f} | {read:,.0f} | {regroupings:.0f} | {moved:,.0f} |")
+        rate, read, exchanges, moved = np.median(np.array(values), 0)
+        print(f"| {name} | {rate:.1f} | {read:,.0f} | {exchanges:.0f} | {moved:,.0f} |")
     differing = sum(a != b for a, b in zip(outputs[0], outputs[1], strict=True))
     print(f"\n{differing} of {len(texts)} sequences differ ({torch.get_num_threads()} threads)")
 

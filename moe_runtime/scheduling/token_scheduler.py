@@ -23,8 +23,8 @@ def split_in_two(path_NP: Array) -> Array:
     """`[N]` bool, true for the second batch: halves of equal size that activate few experts.
 
     Equal-size 2-means on the Hamming similarity of the paths (ExpertFlow, section 3.3), and then
-    the exchange of two sequences that saves most, until none saves: similarity is not what is to
-    be made small. Odd N: the first batch has one more. The same paths give the same halves.
+    exchanges: dissimilarity is not what is to be made small. Odd N: the first batch has one more.
+    The same paths give the same halves.
     """
     path_NP = np.asarray(path_NP, np.bool_)
     num_sequences = len(path_NP)
@@ -39,13 +39,24 @@ def split_in_two(path_NP: Array) -> Array:
         if (found_N == is_second_N).all():
             break
         is_second_N = found_N
-    return _exchange(path_NP, is_second_N)
+    return exchange(path_NP, is_second_N)
 
 
-def relabel(is_second_N: Array, before_N: Array) -> Array:
-    """The same halves, named so that fewer sequences leave the half that they are in."""
-    num_moves = int((is_second_N != before_N).sum())
-    return ~is_second_N if 2 * num_moves > len(before_N) else is_second_N
+def exchange(path_NP: Array, is_second_N: Array, price: float = 0.0) -> Array:
+    """`is_second_N` after exchanges of two sequences, each the one that saves most experts.
+
+    Ends when none saves more than `price` experts, which is what an exchange costs.
+    """
+    path_NP, is_second_N = np.asarray(path_NP, np.bool_), is_second_N.copy()
+    while is_second_N.any() and not is_second_N.all():
+        first, second = np.flatnonzero(~is_second_N), np.flatnonzero(is_second_N)
+        change_AB = _changes(path_NP[first], path_NP[second])
+        change_AB += _changes(path_NP[second], path_NP[first]).T
+        a, b = np.unravel_index(int(change_AB.argmin()), change_AB.shape)
+        if change_AB[a, b] >= -price:
+            break
+        is_second_N[[first[a], second[b]]] = True, False
+    return is_second_N
 
 
 def _similarity(path_NP: Array) -> Array:
@@ -70,19 +81,6 @@ def _medoid(similarity_NN: Array, is_member_N: Array) -> int:
     """The member with the highest mean similarity to the members."""
     members = np.flatnonzero(is_member_N)
     return int(members[similarity_NN[np.ix_(members, members)].sum(1).argmax()])
-
-
-def _exchange(path_NP: Array, is_second_N: Array) -> Array:
-    """Exchange the pair that saves most experts, until no pair saves one."""
-    is_second_N = is_second_N.copy()
-    while True:
-        first, second = np.flatnonzero(~is_second_N), np.flatnonzero(is_second_N)
-        change_AB = _changes(path_NP[first], path_NP[second])
-        change_AB += _changes(path_NP[second], path_NP[first]).T
-        a, b = np.unravel_index(int(change_AB.argmin()), change_AB.shape)
-        if change_AB[a, b] >= 0:
-            return is_second_N
-        is_second_N[[first[a], second[b]]] = True, False
 
 
 def _changes(path_AP: Array, other_BP: Array) -> Array:

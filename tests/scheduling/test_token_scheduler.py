@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_runtime.scheduling.token_scheduler import activated, relabel, split_in_two
+from moe_runtime.scheduling.token_scheduler import activated, exchange, split_in_two
 
 
 def paths(num_sequences: int, num_places: int, seed: int, share: float = 0.3) -> np.ndarray:
@@ -74,10 +74,14 @@ def test_two_kinds_of_sequences_are_told_apart(seed: int) -> None:
     assert (is_second_N == kind_N).all() or (is_second_N == ~kind_N).all()
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=20), st.integers(0, 2**32 - 1))
-def test_halves_are_named_so_that_few_sequences_move(before: list[bool], seed: int) -> None:
-    before_N = np.array(before)
-    is_second_N = np.random.default_rng(seed).random(len(before)) < 0.5
-    named_N = relabel(is_second_N, before_N)
-    assert (named_N == is_second_N).all() or (named_N == ~is_second_N).all()
-    assert 2 * (named_N != before_N).sum() <= len(before)
+@settings(max_examples=40)
+@given(st.integers(2, 16), st.integers(0, 2**32 - 1), st.integers(0, 6))
+def test_every_exchange_is_worth_its_price(num_sequences: int, seed: int, price: int) -> None:
+    path_NP = paths(num_sequences, 40, seed)
+    before_N = np.random.default_rng(seed).random(num_sequences) < 0.5
+    after_N = exchange(path_NP, before_N, price)
+    assert after_N.sum() == before_N.sum()
+    num_exchanges = (after_N != before_N).sum() // 2
+    saved = activated(path_NP, before_N) - activated(path_NP, after_N)
+    assert saved >= num_exchanges * (price + 1)
+    assert (exchange(path_NP, before_N, 40) == before_N).all()

@@ -16,19 +16,21 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_runtime.errors import PredictorError
-from moe_runtime.expert import ExpertKey
 from moe_runtime.integrations.transformers.handle import sites_of
-from moe_runtime.integrations.transformers.kv_rows import kv_bytes, regroup_rows, select_rows
+from moe_runtime.integrations.transformers.kv_rows import (
+    append_rows,
+    exchange_rows,
+    row_bytes,
+    select_rows,
+)
 from moe_runtime.integrations.transformers.next_token import Sampling, TokenChooser
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.predictors.predictor import Predictor
 from moe_runtime.predictors.store import load_predictor
-from moe_runtime.scheduling.expected_paths import ExpectedPaths, check_sees_tokens, experts_of
-from moe_runtime.scheduling.expert_queues import ExpertQueues, Request
-from moe_runtime.scheduling.token_scheduler import activated, relabel, split_in_two
+from moe_runtime.scheduling.expected_paths import ExpectedPaths, check_sees_tokens
+from moe_runtime.scheduling.token_scheduler import activated, exchange
+from moe_runtime.scheduling.unit_planner import Unit, UnitPlanner
 from moe_runtime.trace_fields import Array
-
-_WAITING_UNITS = 8  # from which the next one is formed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class SchedulingReport:
 
     units: int = 0
     decode_steps: int = 0
-    regroupings: int = 0
+    exchanges: int = 0  # of two sequences between the batches of a unit
     kv_bytes_copied: int = 0
     expected_experts: int = 0
     expected_unmoved: int = 0
@@ -92,11 +94,12 @@ def generate_batches(
     With a `predictor` (or its file) that reads token ids, prompts that are expected to use the same
     experts run in the same unit of two batches (Read-ME's expert-aware batching; none is passed
     over more than `max_passes` times for it), and the sequences of a unit are dealt out to its two
-    batches so that each activates few experts (ExpertFlow's token scheduler), anew at every token
-    while that saves more bytes of experts than it copies of the attention cache. Without one they
-    run in the order given. Each sequence gets the tokens that it would get alone, as far as
-    rounding does not depend on the batch. `prompts` are texts, with a `tokenizer`, or token ids;
-    the model may be offloaded or not. `on_progress` hears of each sequence that is finished.
+    batches so that each activates few experts (ExpertFlow's token scheduler); at every token two
+    sequences are exchanged where that saves more bytes of experts than it copies of the attention
+    cache. Without a predictor they run in the order given. Each sequence gets the tokens that it
+    would get alone, as far as rounding does not depend on the batch. `prompts` are texts, with a
+    `tokenizer`, or token ids; the model may be offloaded or not. `on_progress` hears of each
+    sequence that is finished.
 
     Raises ValueError for a prompt that is empty or leaves no room in the model's context, and
     PredictorError for a predictor that needs more than token ids or is of another model's size.
@@ -116,7 +119,7 @@ def generate_batches(
         _check_size(predictor, sites)
         check_sees_tokens(predictor)
         paths = ExpectedPaths(predictor)
-    planner = _Planner(ids, paths, sites[0].num_experts, batch_size, max_passes)
+    planner = UnitPlanner(ids, paths, sites[0].num_experts, batch_size, max_passes)
     expert_bytes = max(site.expert_bytes for site in sites)
     run = _Run(model, ids, paths, TokenChooser(sampling), batch_size, max_new_tokens, expert_bytes)
     finished: list[GeneratedSequence] = []
@@ -125,7 +128,7 @@ def generate_batches(
     try:
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="scheduling") as pool:
             # The next unit is predicted and formed while this one computes.
-            planned: Future[_Unit | None] = pool.submit(planner.next_unit)
+            planned: Future[Unit | None] = pool.submit(planner.next_unit)
             while True:
                 started = time.perf_counter()
                 unit = planned.result()
@@ -141,60 +144,6 @@ def generate_batches(
     run.report.scheduling_seconds = planner.seconds
     finished.sort(key=lambda sequence: sequence.index)
     return BatchedGeneration(sequences=finished, report=run.report)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Unit:
-    """Sequences that run together, in two batches."""
-
-    sequences: list[int]
-    is_second_N: Array
-
-
-class _Planner:
-    """Forms units: who runs together, and in which of the two batches."""
-
-    def __init__(
-        self,
-        ids: Sequence[list[int]],
-        paths: ExpectedPaths | None,
-        num_experts: int,
-        batch_size: int,
-        max_passes: int,
-    ) -> None:
-        self.seconds = 0.0
-        self._ids = ids
-        self._paths = paths
-        self._num_experts = num_experts
-        self._batch_size = batch_size
-        self._queues = ExpertQueues(max_tokens=2 * batch_size, max_passes=max_passes)
-        self._num_pushed = 0
-        self._path_of: dict[int, Array] = {}  # [P] of who waits
-
-    def next_unit(self) -> _Unit | None:
-        started = time.perf_counter()
-        self._fill()
-        sequences = [request.number for request in self._queues.next_batch()]
-        is_second_N = np.arange(len(sequences)) >= self._batch_size
-        if self._paths is not None:
-            path_NP = [self._path_of.pop(sequence) for sequence in sequences]
-            if len(sequences) > self._batch_size:
-                is_second_N = split_in_two(np.stack(path_NP))
-        self.seconds += time.perf_counter() - started
-        return _Unit(sequences=sequences, is_second_N=is_second_N) if sequences else None
-
-    def _fill(self) -> None:
-        """So many wait that there is a choice, and not so many that predicting them takes long."""
-        wanted = _WAITING_UNITS * 2 * self._batch_size
-        while len(self._queues) < wanted and self._num_pushed < len(self._ids):
-            sequence = self._num_pushed
-            self._num_pushed += 1
-            experts: frozenset[ExpertKey] = frozenset()
-            if self._paths is not None:
-                path_P = self._paths.of_prompt(sequence, self._ids[sequence])
-                self._path_of[sequence] = path_P
-                experts = experts_of(path_P, self._num_experts)
-            self._queues.push(Request(number=sequence, num_tokens=1, experts=experts))
 
 
 @dataclass(slots=True)
@@ -232,7 +181,7 @@ class _Run:
         self._written: dict[int, list[int]] = {}
 
     @torch.no_grad()
-    def unit(self, unit: _Unit) -> Iterable[GeneratedSequence]:
+    def unit(self, unit: Unit) -> Iterable[GeneratedSequence]:
         """Yields each sequence when it ends."""
         self.report.units += 1
         self._written = {sequence: [] for sequence in unit.sequences}
@@ -309,49 +258,55 @@ class _Run:
                 batch.sequences = [batch.sequences[row] for row in stay]
 
     def _regroup(self, batches: list[_Batch]) -> None:
-        """One batch where that holds all that is left; else halves by paths, where it pays."""
+        """One batch where that holds all that is left; else exchanges by paths, where they pay."""
         started = time.perf_counter()
         sequences = [sequence for batch in batches for sequence in batch.sequences]
         path_NP = None
         if self._paths is not None:
             path_NP = self._paths.of_tokens([(s, self._written[s][-1]) for s in sequences])
         if len(batches) == 2:
-            num_first = len(batches[0].sequences)
-            before_N = np.arange(len(sequences)) >= num_first
-            after_N = self._choose_halves(batches, path_NP, before_N)
-            if (after_N != before_N).any():
-                self._deal(batches, after_N)
-            if path_NP is not None:
+            first, second = batches
+            if len(sequences) <= self._batch_size:
+                self._merge(batches)
+            elif path_NP is not None:
+                before_N = np.arange(len(sequences)) >= len(first.sequences)
+                after_N = exchange(path_NP, before_N, self._price(first, second))
                 self.report.expected_experts += activated(path_NP, after_N)
                 self.report.expected_unmoved += activated(path_NP, before_N)
+                self._exchange(first, second, before_N, after_N)
         self.report.grouping_seconds += time.perf_counter() - started
 
-    def _choose_halves(
-        self, batches: list[_Batch], path_NP: Array | None, before_N: Array
-    ) -> Array:
-        if len(before_N) <= self._batch_size:
-            return np.zeros_like(before_N)
-        if path_NP is None:
-            return before_N
-        after_N = relabel(split_in_two(path_NP), before_N)
-        saved = activated(path_NP, before_N) - activated(path_NP, after_N)
-        cost_bytes = sum(kv_bytes(batch.cache, len(batch.sequences)) for batch in batches)
-        return after_N if saved * self._expert_bytes > cost_bytes else before_N
+    def _price(self, first: _Batch, second: _Batch) -> float:
+        """Experts that have as many bytes as an exchange copies."""
+        rows = [row_bytes(batch.cache, len(batch.sequences)) for batch in (first, second)]
+        return sum(rows) / self._expert_bytes
 
-    def _deal(self, batches: list[_Batch], after_N: Array) -> None:
-        """Each sequence into its batch, with its cache; a batch that is left empty goes."""
+    def _exchange(self, first: _Batch, second: _Batch, before_N: Array, after_N: Array) -> None:
+        """The sequences whose batch changes, two by two, with their rows of mask and cache."""
+        size = len(first.sequences)
+        leaving = np.flatnonzero(after_N & ~before_N).tolist()
+        coming = (np.flatnonzero(~after_N & before_N) - size).tolist()
+        if not leaving:
+            return
+        sizes = size, len(second.sequences)
+        self.report.exchanges += len(leaving)
+        self.report.kv_bytes_copied += len(leaving) * (
+            row_bytes(first.cache, sizes[0]) + row_bytes(second.cache, sizes[1])
+        )
+        pairs = list(zip(leaving, coming, strict=True))
+        exchange_rows((first.cache, second.cache), sizes, pairs)
+        for i, j in pairs:
+            first.sequences[i], second.sequences[j] = second.sequences[j], first.sequences[i]
+            mask_S = first.mask_NS[i].clone()
+            first.mask_NS[i], second.mask_NS[j] = second.mask_NS[j], mask_S
+
+    def _merge(self, batches: list[_Batch]) -> None:
         first, second = batches
-        self.report.regroupings += 1
-        rows = (np.flatnonzero(~after_N).tolist(), np.flatnonzero(after_N).tolist())
-        sequences = first.sequences + second.sequences
         sizes = len(first.sequences), len(second.sequences)
-        copied = regroup_rows((first.cache, second.cache), sizes, rows)
-        self.report.kv_bytes_copied += copied
-        mask_NS = torch.cat([first.mask_NS, second.mask_NS])
-        for batch, wanted in zip((first, second), rows, strict=True):
-            batch.sequences = [sequences[row] for row in wanted]
-            batch.mask_NS = mask_NS[wanted]
-        batches[:] = [batch for batch in batches if batch.sequences]
+        append_rows((first.cache, second.cache), sizes)
+        first.sequences += second.sequences
+        first.mask_NS = torch.cat([first.mask_NS, second.mask_NS])
+        del batches[1]
 
 
 def _token_ids(

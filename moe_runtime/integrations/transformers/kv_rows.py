@@ -14,9 +14,10 @@ import torch
 _Place = tuple[dict[Any, Any], Any]
 
 
-def kv_bytes(cache: Any, num_rows: int) -> int:
-    """Bytes of what `cache` holds for its `num_rows` sequences."""
-    return sum(holder[name].nbytes for holder, name in _places(cache, num_rows))
+def row_bytes(cache: Any, num_rows: int) -> int:
+    """Bytes of what `cache` holds for each of its `num_rows` sequences."""
+    total_bytes: int = sum(holder[name].nbytes for holder, name in _places(cache, num_rows))
+    return total_bytes // num_rows
 
 
 def select_rows(cache: Any, num_rows: int, rows: Sequence[int]) -> None:
@@ -27,27 +28,33 @@ def select_rows(cache: Any, num_rows: int, rows: Sequence[int]) -> None:
         holder[name] = tensor.index_select(0, index.to(tensor.device))
 
 
-def regroup_rows(
-    caches: tuple[Any, Any],
-    num_rows: tuple[int, int],
-    rows: tuple[Sequence[int], Sequence[int]],
-) -> int:
-    """Deal the sequences of two caches out anew; returns the bytes that were copied.
+def exchange_rows(
+    caches: tuple[Any, Any], num_rows: tuple[int, int], pairs: Sequence[tuple[int, int]]
+) -> None:
+    """Exchange row `i` of the first cache with row `j` of the second, for each pair (i, j)."""
+    first_rows, second_rows = (torch.tensor(rows) for rows in zip(*pairs, strict=True))
+    for first, second in _alike(caches, num_rows):
+        device = first.device
+        leaving = first[first_rows.to(device)]
+        first[first_rows.to(device)] = second[second_rows.to(device)]
+        second[second_rows.to(device)] = leaving
 
-    `rows[k]` are those of cache `k` afterwards: `0 .. a-1` are of the first cache before, `a ..`
-    of the second. A cache that gets none is left alone, and is not to be used any more.
-    """
-    copied_bytes = 0
-    indices = [torch.tensor(wanted) for wanted in rows]
-    pairs = zip(_places(caches[0], num_rows[0]), _places(caches[1], num_rows[1]), strict=True)
-    for (first, name), (second, other_name) in list(pairs):
-        joined = torch.cat([first[name], second[other_name]])
-        places: list[_Place] = [(first, name), (second, other_name)]
-        for (holder, key), index in zip(places, indices, strict=True):
-            if len(index):
-                holder[key] = joined.index_select(0, index.to(joined.device))
-        copied_bytes += joined.nbytes
-    return copied_bytes
+
+def append_rows(caches: tuple[Any, Any], num_rows: tuple[int, int]) -> None:
+    """Give the first cache the rows of the second too, behind its own."""
+    joined = [torch.cat(pair) for pair in _alike(caches, num_rows)]
+    for (holder, name), tensor in zip(list(_places(caches[0], num_rows[0])), joined, strict=True):
+        holder[name] = tensor
+
+
+def _alike(
+    caches: tuple[Any, Any], num_rows: tuple[int, int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The tensors of two caches that hold the same of their sequences."""
+    places = (_places(cache, number) for cache, number in zip(caches, num_rows, strict=True))
+    for (first, name), (second, other_name) in zip(*places, strict=True):
+        assert name == other_name, (name, other_name)
+        yield first[name], second[other_name]
 
 
 def _places(cache: Any, num_rows: int) -> Iterator[_Place]:
