@@ -10,7 +10,6 @@ import numpy as np
 
 from moe_runtime.errors import MissingPackageError, PlacementError
 from moe_runtime.placement.cost_model import CostModel
-from moe_runtime.placement.workers import Control
 
 Array = np.ndarray[Any, Any]
 
@@ -29,9 +28,9 @@ class ProgrammeResult:
 
 
 def solve_programme(
-    model: CostModel, *, solver: str | None, control: Control, warm: Array | None = None
+    model: CostModel, *, solver: str | None, seconds: float, warm: Array | None = None
 ) -> ProgrammeResult:
-    """Solve to optimality, or until the time is over.
+    """Solve to optimality, or until `seconds` are over.
 
     Data         chain[l, p, q] >= 0, unary[l, g, p], load[l, p], a flat topology
     Variables    x[l, p, g] in {0, 1}: item p of layer l is on g
@@ -47,12 +46,18 @@ def solve_programme(
     nothing there; here the s equalities make each GPU's flow a b-matching. `solver` is a name of
     PuLP's; None takes HiGHS, else CBC. `warm` is given to the solver to start from.
     """
-    _check_shape(model)
+    reasons = _unknown_to_it(model)
+    if reasons:
+        raise PlacementError(
+            f"the integer programme does not know {' and '.join(reasons)}; use --solver search"
+        )
     pulp = _import_pulp()
-    name, engine = _engine(pulp, solver, control, warm is not None)
+    name, engine = _engine(pulp, solver, seconds, warm is not None)
     programme, x = _build(pulp, model)
     if warm is not None:
         _warm_start(model, x, _named_in_order(warm) if model.has_free_names else warm)
+        if name == "HiGHS":
+            _give_highs_its_start(engine, x)
     programme.solve(engine)
     status = programme.sol_status
     # LpStatus says Optimal at the time limit too; sol_status tells the two apart.
@@ -68,7 +73,12 @@ def solve_programme(
     )
 
 
-def _check_shape(model: CostModel) -> None:
+def is_programme(model: CostModel) -> bool:
+    """Whether the programme knows all that the model prices."""
+    return not _unknown_to_it(model)
+
+
+def _unknown_to_it(model: CostModel) -> list[str]:
     reasons = []
     if not model.is_flat:
         reasons.append("a topology whose hops differ in cost")
@@ -78,10 +88,7 @@ def _check_shape(model: CostModel) -> None:
         reasons.append("the fan-out term")
     if model.price:
         reasons.append("a price of load")
-    if reasons:
-        raise PlacementError(
-            f"the integer programme does not know {' and '.join(reasons)}; use --solver search"
-        )
+    return reasons
 
 
 def _import_pulp() -> Any:
@@ -94,7 +101,7 @@ def _import_pulp() -> Any:
     return pulp
 
 
-def _engine(pulp: Any, solver: str | None, control: Control, is_warm: bool) -> tuple[str, Any]:
+def _engine(pulp: Any, solver: str | None, seconds: float, is_warm: bool) -> tuple[str, Any]:
     available = pulp.listSolvers(onlyAvailable=True)
     if solver is not None and solver not in pulp.listSolvers():
         raise PlacementError(f"PuLP knows no solver {solver!r}; installed are {available}")
@@ -105,7 +112,6 @@ def _engine(pulp: Any, solver: str | None, control: Control, is_warm: bool) -> t
             f"the solver {' or '.join(wanted)} is not installed; installed are {available}; "
             "pip install highspy"
         )
-    seconds = max(control.remaining_seconds(), 1.0)
     options = {"warmStart": True} if is_warm and found == "PULP_CBC_CMD" else {}
     return found, pulp.getSolver(found, timeLimit=seconds, msg=False, **options)
 
@@ -160,6 +166,20 @@ def _warm_start(model: CostModel, x: list[list[list[Any]]], warm: Array) -> None
         for p in range(model.num_items):
             for g in range(model.num_gpus):
                 x[layer][p][g].setInitialValue(int(warm[layer, p] == g))
+
+
+def _give_highs_its_start(engine: Any, x: list[list[list[Any]]]) -> None:
+    """PuLP hands HiGHS no initial values: this does, once its model is built; it finds the z."""
+    run = engine.callSolver
+
+    def run_from_start(programme: Any) -> None:
+        cells = [g for layer in x for item in layer for g in item]
+        indices = np.array([cell.index for cell in cells], np.int32)
+        values = np.array([cell.varValue for cell in cells], np.float64)
+        programme.solverModel.setSolution(len(cells), indices, values)
+        run(programme)
+
+    engine.callSolver = run_from_start
 
 
 def _named_in_order(gpu: Array) -> Array:

@@ -74,7 +74,8 @@ def improve(
 
     Each descends to a local optimum; the best is then shaken again and again, and kept where that
     does not make it worse, until the busiest has at most the load `goal`; with more patience while
-    it has more than `known`, which some other packing is known to reach. Never worse than a start.
+    it has more than `known`, which some other packing is known to reach, and then from the other
+    optima in turn, whose counts of replicas may be the better ones. Never worse than a start.
     """
     rng = np.random.default_rng(seed)
 
@@ -82,22 +83,27 @@ def improve(
         return float(gpu_loads(load_E, holds).max())
 
     best, least = starts[0], busiest(starts[0])
+    optima = []
     for start in starts:
-        for holds in (start, _descend(load_E, start, goal)):
+        optima.append(_descend(load_E, start, goal))
+        for holds in (start, optima[-1]):
             if busiest(holds) < least:
                 best, least = holds, busiest(holds)
         if least <= goal:
             return best
-    current = best
+    current, level = best, least
     kicks = int(np.clip(_KICK_EFFORT // best.sum(), _FEWEST_KICKS, _MOST_KICKS))
     can_move = 1 < best[0].sum() < best.shape[1]
     for kick in range(kicks * _PATIENCE if can_move else 0):
         if least <= goal or (kick >= kicks and least <= known):
             break
+        if kick and kick % kicks == 0:
+            current = optima[kick // kicks % len(optima)]
+            level = busiest(current)
         trial = _descend(load_E, _kicked(current, rng), goal)
         load = busiest(trial)
-        if load <= least * 1.02:
-            current = trial
+        if load <= level * 1.02:
+            current, level = trial, min(load, level)
         if load < least:
             best, least = trial, load
     return best

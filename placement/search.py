@@ -1,4 +1,4 @@
-"""The scalable solver: many starts, swap annealing, and recombination of what they found.
+"""The scalable solver: many starts, swap annealing, recombination, and small windows polished.
 
 L layers, P items a layer, G GPUs.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from moe_runtime.placement.anneal import is_compiled, start_annealing
 from moe_runtime.placement.cost_model import CostModel
 from moe_runtime.placement.descent import descend, greedy_assignment, random_assignment
+from moe_runtime.placement.polish import can_polish, polish
 from moe_runtime.placement.recombine import recombine
 from moe_runtime.placement.result import StoppedBy
 from moe_runtime.placement.workers import Control, Job, run_jobs
@@ -109,6 +110,8 @@ def search(
         best = _best_of(model, best, run(later))
         if model.objective(best) > before * (1 - _LEAST_GAIN):
             break
+    if can_polish(model) and not control.should_stop():
+        best = polish(model, best, control)
     report()
     return best, control.stopped_by or StoppedBy.CONVERGED
 

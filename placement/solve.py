@@ -18,6 +18,7 @@ from moe_runtime.placement.exact import is_small_enough, solve_exactly
 from moe_runtime.placement.hierarchy import two_stages
 from moe_runtime.placement.hungarian import hungarian_chain, is_hungarian
 from moe_runtime.placement.milp import solve_programme
+from moe_runtime.placement.polish import can_polish, polish
 from moe_runtime.placement.problem import Problem
 from moe_runtime.placement.rename import rename
 from moe_runtime.placement.replicate import replicate
@@ -256,31 +257,36 @@ class _Run:
         warm = self._fallback
         if model.balance is None and model.num_layers > 1:
             warm = descend(model, warm)
-        done = solve_programme(model, solver=engine, control=self._control, warm=warm)
-        gpu = warm if done.gpu is None or not model.is_within_limit(done.gpu) else done.gpu
-        if model.objective(warm) < model.objective(gpu):
-            gpu = warm
-        own = Bound(value=done.lower_bound, kind=f"{done.solver} dual")
-        if done.is_optimal:
-            own = Bound(value=model.objective(gpu), kind=f"{done.solver} proof")
-        certified = own if done.is_optimal else None
-        found = _Found(
-            gpu=gpu,
-            model=model,
-            solver=f"ilp ({done.solver})",
-            stopped_by=StoppedBy.PROOF if done.is_optimal else StoppedBy.TIME_LIMIT,
-            bound=certified,
-        )
-        if certified is None:
+        if can_polish(model):
+            warm = polish(model, warm, self._control)
+        solver, own, stopped_by = "ilp", None, StoppedBy.TIME_LIMIT
+        gpu = warm
+        try:
+            if not self._control.was_interrupted:
+                seconds = max(self._control.remaining_seconds(), 1.0)
+                done = solve_programme(model, solver=engine, seconds=seconds, warm=warm)
+                solver = f"ilp ({done.solver})"
+                gpu = self._better(warm, done.gpu)
+                own = Bound(value=done.lower_bound, kind=f"{done.solver} dual")
+                if done.is_optimal:
+                    own = Bound(value=model.objective(gpu), kind=f"{done.solver} proof")
+                    stopped_by = StoppedBy.PROOF
+        except KeyboardInterrupt:  # it comes when the solver's own loop lets it
+            self._control.interrupt()
+        if self._control.was_interrupted:
+            stopped_by = StoppedBy.INTERRUPTED
+        found = _Found(gpu=gpu, model=model, solver=solver, stopped_by=stopped_by, bound=own)
+        if stopped_by is StoppedBy.TIME_LIMIT and own is not None:
             other = self.bound(found, self._control.remaining_seconds() + 5.0)
-            certified = max(own, other, key=lambda bound: bound.value)
-        return _Found(
-            gpu=gpu,
-            model=model,
-            solver=found.solver,
-            stopped_by=found.stopped_by,
-            bound=certified,
-        )
+            found = replace(found, bound=max(own, other, key=lambda bound: bound.value))
+        return found
+
+    def _better(self, gpu: Array, other: Array | None) -> Array:
+        """`other` if it is there, within the limit and cheaper than `gpu`, which is within it."""
+        model = self._plain
+        if other is None or not model.is_within_limit(other):
+            return gpu
+        return other if model.objective(other) <= model.objective(gpu) else gpu
 
     def _search(self) -> _Found:
         model, fallback = self._plain, self._fallback

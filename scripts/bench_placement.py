@@ -42,6 +42,10 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="a gpt-oss-20b trace, for gpt-oss and domains")
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--gpus", type=int, help="only rows with so many GPUs")
+    parser.add_argument(
+        "--balances", type=_balances, default=(None, 1.12, 1.1, 1.08, 1.06), metavar="LIMIT,...",
+        help="limits of gpt-oss; none is no limit (default: none,1.12,1.1,1.08,1.06)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     packages = ", ".join(f"{name} {installed_version(name)}" for name in ("numpy", "scipy", "pulp"))
@@ -75,7 +79,7 @@ def measure_gpt_oss(arguments: argparse.Namespace) -> None:
         _judge(gpus, "linear", linear(counts, gpus), learn, held_out, None)
         published = eplb(counts, gpus, num_slots=counts.num_experts)
         _judge(gpus, "EPLB as published", published, learn, held_out, None)
-        for balance in (None, 1.12, 1.1):
+        for balance in arguments.balances:
             problem = Problem(
                 counts=counts,
                 topology=Topology.flat(gpus),
@@ -108,7 +112,7 @@ def measure_small(arguments: argparse.Namespace) -> None:
 
 def measure_deepseek(arguments: argparse.Namespace) -> None:
     """58 layers of 256 experts: planted groups plus noise."""
-    _head("GPUs", "nodes", "slots", "crossing", "lower bound", "gap", "stopped by", "seconds")
+    _head("GPUs", "nodes", "slots", "objective", "lower bound", "gap", "stopped by", "seconds")
     counts = _counts(planted_flow(arguments.seed))
     for gpus, slots, nodes in ((8, 256, 1), (32, 256, 1), (32, 256, 4), (64, 256, 1), (64, 320, 1)):
         if arguments.gpus not in (None, gpus):
@@ -200,6 +204,10 @@ def planted_flow(seed: int, *, num_tokens: float = 1e6, stay: float = 0.5) -> Ar
         mixed = stay * same + (1 - stay) * noise / noise.sum(axis=1, keepdims=True)
         flow[layer] = num_tokens * (popular / popular.sum())[:, None] * mixed
     return flow
+
+
+def _balances(words: str) -> tuple[float | None, ...]:
+    return tuple(None if word == "none" else float(word) for word in words.split(","))
 
 
 def _counts(flow: Array) -> RoutingCounts:

@@ -5,6 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_runtime.errors import PlacementError
+from moe_runtime.placement import solve as solve_file
+from moe_runtime.placement.descent import descend, random_assignment
 from moe_runtime.placement.exact import is_small_enough, solve_exactly
 from moe_runtime.placement.hungarian import hungarian_chain, is_hungarian
 from moe_runtime.placement.milp import solve_programme
@@ -84,7 +86,7 @@ def test_the_integer_programme_agrees_with_the_dynamic_programme(
     model = model_of(problem)
     exact = solve_exactly(model, Control(60))
     assert exact is not None
-    found = solve_programme(model, solver=solver, control=Control(60))
+    found = solve_programme(model, solver=solver, seconds=60)
     assert found.is_optimal
     assert found.gpu is not None
     assert model.is_within_limit(found.gpu)
@@ -99,6 +101,26 @@ def test_the_integer_programme_tells_a_time_limit_from_a_proof() -> None:
     assert result.status == "feasible"
     assert result.stopped_by == "time_limit"
     assert result.lower_bound < result.objective
+
+
+def test_highs_starts_from_what_it_is_given() -> None:
+    """With hardly any time it still has an answer, and none dearer than its start."""
+    model = model_of(make_problem(0, num_experts=16, gpus=4, num_layers=6, planted=0.3))
+    start = descend(model, random_assignment(model, 0))
+    found = solve_programme(model, solver="HiGHS", seconds=0.5, warm=start)
+    assert found.gpu is not None
+    assert model.objective(found.gpu) <= model.objective(start) + CLOSE
+
+
+def test_an_interrupted_integer_programme_gives_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(solve_file, "solve_programme", press)
+    problem = make_problem(1, num_experts=16, gpus=4, num_layers=3)
+    result = solve(problem, solver="ilp")
+    assert result.stopped_by == "interrupted"
+    assert result.lower_bound <= result.objective
 
 
 def test_the_integer_programme_proves_what_it_solves() -> None:

@@ -1,5 +1,6 @@
 """EPLB is reproduced; our replicas are never worse balanced, and never twice on a GPU."""
 
+from itertools import combinations, combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from moe_runtime.errors import PlacementError
 from moe_runtime.placement.check import check
 from moe_runtime.placement.cost_model import CostModel
 from moe_runtime.placement.eplb import eplb_slots
-from moe_runtime.placement.packing import first_packing
+from moe_runtime.placement.packing import first_packing, least_load
 from moe_runtime.placement.rename import rename
 from moe_runtime.placement.replicate import busiest_over_mean, replicate
 from moe_runtime.placement.solve import solve
@@ -56,6 +57,7 @@ def random_loads(rng: np.random.Generator, num_experts: int) -> Array:
 
 
 def test_our_busiest_gpu_is_never_above_eplbs_on_200_random_instances() -> None:
+    """In no layer of any of them."""
     rng = np.random.default_rng(0)
     for _ in range(200):
         num_experts = int(rng.choice([8, 12, 16, 32]))
@@ -73,14 +75,60 @@ def test_our_busiest_gpu_is_never_above_eplbs_on_200_random_instances() -> None:
         rank = np.broadcast_to(np.arange(num_slots) // per_gpu, theirs.shape)
         expert, gpu = replicate(loads, num_slots, gpus)
         ours = busiest_over_mean(loads, expert, gpu, gpus)
-        # Mean of the layers, as the figure is defined. In a single layer EPLB can be ahead where
-        # its answer has two replicas on one GPU, which splits a load unevenly.
-        assert ours.mean() <= busiest_over_mean(loads, theirs, rank, gpus).mean() + EVEN
+        assert (ours <= busiest_over_mean(loads, theirs, rank, gpus) + EVEN).all()
         for layer in range(2):
             held = set(zip(expert[layer].tolist(), gpu[layer].tolist(), strict=True))
             assert len(held) == num_slots
             assert (np.bincount(gpu[layer], minlength=gpus) == per_gpu).all()
             assert set(expert[layer].tolist()) == set(range(num_experts))
+
+
+def least_of_all_packings(load_E: Array, num_slots: int, gpus: int) -> float:
+    """The smallest busiest load of all ways to hold every expert, none twice on a GPU."""
+    sets = list(combinations(range(len(load_E)), num_slots // gpus))
+    best = np.inf
+    for held in combinations_with_replacement(sets, gpus):
+        count_E = np.bincount(np.concatenate(held), minlength=len(load_E))
+        if count_E.all():
+            share_E = load_E / count_E
+            best = min(best, max(share_E[list(mine)].sum() for mine in held))
+    return float(best)
+
+
+def test_where_eplb_is_more_even_it_holds_an_expert_twice_on_a_gpu() -> None:
+    """An uneven split that no packing without duplicates has; ours is then the best without."""
+    loads = np.array([[10.0, 9.0, 1.0]])
+    theirs = eplb_slots(loads, num_slots=4, num_groups=1, num_nodes=1, num_gpus=2)
+    assert sorted(map(sorted, theirs.reshape(2, 2).tolist())) == [[0, 0], [1, 2]]
+    rank = np.array([[0, 0, 1, 1]])
+    assert busiest_over_mean(loads, theirs, rank, 2)[0] == 1.0
+    expert, gpu = replicate(loads, 4, 2)
+    ours = busiest_over_mean(loads, expert, gpu, 2)[0]
+    assert ours == pytest.approx(least_of_all_packings(loads[0], 4, 2) / 10)
+    assert ours == pytest.approx(1.05)
+
+
+SMALL_SHAPES = [(4, 2, 4), (4, 2, 6), (3, 3, 6), (5, 3, 6), (4, 3, 9), (5, 2, 8), (4, 4, 8)]
+
+
+@given(seed=seeds, shape=st.sampled_from(SMALL_SHAPES))
+@settings(max_examples=60)
+def test_no_packing_is_below_the_least_load(seed: int, shape: tuple[int, int, int]) -> None:
+    """Sound beside all packings of tiny layers; ours is one of them."""
+    experts, gpus, slots = shape
+    load_E = random_loads(np.random.default_rng(seed), experts)[0]
+    best = least_of_all_packings(load_E, slots, gpus)
+    assert load_E.sum() / gpus * (1 - EVEN) <= least_load(load_E, slots, gpus) <= best * (1 + EVEN)
+    expert, gpu = replicate(load_E[None], slots, gpus)
+    ours = busiest_over_mean(load_E[None], expert, gpu, gpus)[0] * load_E.sum() / gpus
+    assert ours >= best * (1 - EVEN)
+
+
+def test_the_least_load_is_met_where_one_expert_decides() -> None:
+    """One expert too heavy for a GPU on its own: the bound is its share beside the lightest."""
+    load_E = np.array([100.0, 1.0, 1.0, 1.0])
+    assert least_load(load_E, 4, 2) == pytest.approx(101.0)
+    assert least_of_all_packings(load_E, 4, 2) == 101.0
 
 
 @given(
