@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_runtime.placement.anneal_status import open_anneal_library
-from moe_runtime.placement.cost_model import CostModel
+from moe_runtime.placement.cost_model import CostModel, paid_for_hops
 
 Array = np.ndarray[Any, Any]
 
@@ -61,15 +61,18 @@ class _State:
 
     def _attraction(self) -> Array:
         """`[L, G, P]`: what an item would pay on a GPU with all others where they are."""
-        L, P, G = self.model.num_layers, self.model.num_items, self.model.num_gpus
-        paid = np.zeros((L, G, P)) if self.model.unary is None else self.model.unary.copy()
+        model, gpu = self.model, self.gpu
+        L, P, G = model.num_layers, model.num_items, model.num_gpus
+        paid = np.zeros((L, G, P)) if model.unary is None else model.unary.copy()
         for layer in range(L):
             if layer + 1 < L:
-                paid[layer] += self.costs[:, self.gpu[layer + 1]] @ self.chain_back[layer]
+                paid[layer] += model.paid_beside(layer, layer + 1, gpu[layer + 1])
             if layer > 0:
-                paid[layer] += self.costs[self.gpu[layer - 1]].T @ self.chain[layer - 1]
+                paid[layer] += model.paid_beside(layer, layer - 1, gpu[layer - 1])
             if self.within is not None:
-                paid[layer] += self.apart[:, self.gpu[layer]] @ self.within[layer]
+                paid[layer] += paid_for_hops(
+                    self.apart, gpu[layer], self.within[layer], is_flat=True
+                )
         return np.ascontiguousarray(paid)
 
     def _holds(self) -> Array:

@@ -64,7 +64,15 @@ def lower_bound(
             for layer, flow in enumerate(flows)
         ]
         # Small layers are not worth a process.
-        kept = run_jobs(jobs, control, num_processes=num_processes if model.num_items > 64 else 1)
+        matched = run_jobs(
+            jobs, control, num_processes=num_processes if model.num_items > 64 else 1
+        )
+        pairs = [(flow, copies[i : i + 2], part) for part in parts for i, flow in enumerate(flows)]
+        # Here, as the threads of BLAS in every process would wait for each other.
+        kept = [
+            _least_kept(matching, flow, num_parts, is_single=bool((here_next == 1).all()))
+            for matching, (flow, here_next, num_parts) in zip(matched, pairs, strict=True)
+        ]
         kinds = [kind for _, kind in kept]
         prices = np.repeat(list(parts.values()), len(flows))
         totals = np.tile(flows.sum(axis=(1, 2)), len(parts))
@@ -77,13 +85,9 @@ def lower_bound(
     return Bound(value=value, kind=max(sorted(set(kinds)), key=kinds.count) if kinds else "terms")
 
 
-def most_kept(
-    flow: Array,
-    num_parts: int,
-    copies: tuple[Array, Array] | None = None,
-    *,
-    is_quick: bool = False,
-) -> tuple[float, str]:
+def most_matched(
+    flow: Array, num_parts: int, copies: tuple[Array, Array], *, is_quick: bool = False
+) -> float:
     """At least the part of `flow` `[E, E]` that any two balanced partitions keep together.
 
     With n_i replicas of expert i in the one layer and m_j of j in the next (`copies`), and s slots
@@ -93,18 +97,27 @@ def most_kept(
         kept <= max sum flow[i, j] / n_i y[i, j]
         s. t. sum_j y[i, j] <= n_i s,  sum_i y[i, j] <= m_j s,  0 <= y[i, j] <= n_i
 
-    a transportation problem (b-matching where all n and m are 1). Without replicas also: y - 1 / G
-    is s times a partial isometry of rank G - 1, orthogonal to the vector of ones, so it keeps at
-    most sum / G + s x (the G - 1 largest singular values of the centred flow). The smaller counts.
+    a transportation problem (b-matching where all n and m are 1).
     """
-    size = len(flow)
-    n, m = copies if copies is not None else (np.ones(size), np.ones(size))
     if num_parts == 1 or not flow.any():
-        return float(flow.sum()), "trivial"
+        return float(flow.sum())
+    n, m = copies
     share = int(n.sum()) // num_parts
-    is_single = bool((n == 1).all() and (m == 1).all())
     problem = _Transport(weight=flow / n[:, None], rows=n * share, columns=m * share, most=n)
-    matching = _b_matching(problem, share, is_quick=is_quick, is_single=is_single)
+    is_single = bool((n == 1).all() and (m == 1).all())
+    return _b_matching(problem, share, is_quick=is_quick, is_single=is_single)
+
+
+def _least_kept(
+    matching: float, flow: Array, num_parts: int, *, is_single: bool
+) -> tuple[float, str]:
+    """The smaller of `most_matched` and, without replicas, the spectral bound; and its name.
+
+    y - 1 / G is s times a partial isometry of rank G - 1, orthogonal to the vector of ones, so it
+    keeps at most sum / G + s x (the G - 1 largest singular values of the centred flow).
+    """
+    if num_parts == 1 or not flow.any():
+        return matching, "trivial"
     spectral = _spectral(flow, num_parts) if is_single else np.inf
     return (matching, "b-matching") if matching <= spectral else (spectral, "spectral")
 
@@ -134,9 +147,9 @@ def _hops(topology: Topology) -> tuple[float, float]:
     return near, far
 
 
-def _pair_job(flow: Array, n: Array, m: Array, num_parts: int) -> Job[tuple[float, str]]:
-    def job(control: Control) -> tuple[float, str]:
-        return most_kept(flow, num_parts, (n, m), is_quick=control.should_stop())
+def _pair_job(flow: Array, n: Array, m: Array, num_parts: int) -> Job[float]:
+    def job(control: Control) -> float:
+        return most_matched(flow, num_parts, (n, m), is_quick=control.should_stop())
 
     return job
 

@@ -94,6 +94,15 @@ class CostModel:
         """Whether renaming the GPUs of a placement changes nothing."""
         return self.is_flat and self.unary is None
 
+    def paid_beside(self, layer: int, neighbour: int, gpu: Array) -> Array:
+        """`[G, P]`: what items of `layer` pay on each GPU for hops from or to `neighbour`'s.
+
+        The neighbour's items are on `gpu` `[P]`.
+        """
+        if neighbour > layer:
+            return paid_for_hops(self.costs, gpu, self.chain[layer].T, is_flat=self.is_flat)
+        return paid_for_hops(self.costs.T, gpu, self.chain[neighbour], is_flat=self.is_flat)
+
     def gpu_loads(self, gpu: Array) -> Array:
         """`[L, G]`, the mean of each layer being 1."""
         loads = np.zeros((self.num_layers, self.num_gpus))
@@ -141,6 +150,21 @@ class CostModel:
             nearest[:, expert] = np.minimum(nearest[:, expert], self.costs[:, gpu])
         hop = nearest[np.ix_(here, self.expert[layer + 1])]  # each of n replicas of q pays this
         return float((self.chain[layer] / self.replicas[layer + 1][None, :] * hop).sum())
+
+
+def paid_for_hops(costs: Array, gpu: Array, tokens_QP: Array, *, is_flat: bool) -> Array:
+    """`costs[:, gpu] @ tokens_QP`, `[G, P]`; each GPU has equally many of the items of `gpu` `[Q]`.
+
+    Without BLAS: its threads, in every process of a search, would wait for each other (measured,
+    two processes on two cores: descents of 58 x 256 items on 64 GPUs took 9.5 s instead of .5).
+    """
+    order = np.argsort(gpu, kind="stable")
+    sums_GP = tokens_QP[order].reshape(len(costs), -1, tokens_QP.shape[1]).sum(axis=1)
+    if is_flat:
+        paid: Array = costs.max() * (sums_GP.sum(axis=0) - sums_GP)
+    else:
+        paid = np.einsum("gh,hp->gp", costs, sums_GP)
+    return paid
 
 
 def to_placement(problem: Problem, expert: Array, gpu: Array, made: dict[str, object]) -> Placement:

@@ -31,9 +31,9 @@ def greedy_assignment(model: CostModel, seed: int) -> Array:
     gpu = random_assignment(model, seed)
     first = int(np.random.default_rng(seed).integers(model.num_layers))
     for layer in range(first + 1, model.num_layers):
-        gpu[layer] = _assign(model.costs[gpu[layer - 1]].T @ model.chain[layer - 1])
+        gpu[layer] = _assign(model.paid_beside(layer, layer - 1, gpu[layer - 1]))
     for layer in range(first - 1, -1, -1):
-        gpu[layer] = _assign(model.costs[:, gpu[layer + 1]] @ model.chain[layer].T)
+        gpu[layer] = _assign(model.paid_beside(layer, layer + 1, gpu[layer + 1]))
     return gpu
 
 
@@ -65,9 +65,9 @@ def _paid(model: CostModel, gpu: Array, layer: int) -> Array:
     if model.unary is not None:
         paid += model.unary[layer]
     if layer + 1 < model.num_layers:
-        paid += model.costs[:, gpu[layer + 1]] @ model.chain[layer].T
+        paid += model.paid_beside(layer, layer + 1, gpu[layer + 1])
     if layer > 0:
-        paid += model.costs[gpu[layer - 1]].T @ model.chain[layer - 1]
+        paid += model.paid_beside(layer, layer - 1, gpu[layer - 1])
     return paid
 
 

@@ -81,9 +81,9 @@ def _window(model: CostModel, gpu: Array, layers: slice) -> CostModel:
     if model.unary is not None:
         unary += model.unary[layers]
     if first > 0:
-        unary[0] += model.costs[gpu[first - 1]].T @ model.chain[first - 1]
+        unary[0] += model.paid_beside(first, first - 1, gpu[first - 1])
     if stop < model.num_layers:
-        unary[-1] += model.costs[:, gpu[stop]] @ model.chain[stop - 1].T
+        unary[-1] += model.paid_beside(stop - 1, stop, gpu[stop])
     return replace(
         model,
         chain=model.chain[first : stop - 1],

@@ -179,7 +179,7 @@ def _as_dict(found: _Contestant, score: "Evaluation") -> dict[str, Any]:
 
 
 def _table(contestants: list[_Contestant], scores: "list[Evaluation]", title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("placement", no_wrap=True)
     for _, label, _ in _COLUMNS:
         table.add_column(label, justify="right")

@@ -103,7 +103,8 @@ def _expert_of_slot(dump: object, path: Path) -> Array:
     """`[L, S]` int64."""
     if isinstance(dump, dict) and "logical_count" in dump:
         raise TraceError(
-            f"{path} holds counts of experts and no tokens, as mode stat writes; {_PER_TOKEN}"
+            f"{path} holds counts of experts and no tokens, as mode stat writes; {_PER_TOKEN}, or "
+            f"let SGLang balance by these counts alone: --init-expert-location {path}"
         )
     if not isinstance(dump, dict) or "records" not in dump:
         raise TraceError(f"{path} has no records; it is no dump of SGLang's recorder")

@@ -69,7 +69,8 @@ def read_trace(path: Path, *, num_experts: int | None = None) -> Trace:
     if not _RAW_NAME.fullmatch(path.name):
         raise TraceError(
             f"{path} is no rank<N>_raw.safetensors; other statistics of TensorRT-LLM hold counts "
-            "of experts and no tokens"
+            "of experts and no tokens; record with a version that writes it, or let TensorRT-LLM's "
+            "generate_eplb_config.py balance by these counts alone"
         )
     try:
         arrays = load_file(path)

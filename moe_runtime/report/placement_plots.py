@@ -49,7 +49,7 @@ def plot_placement(
         layout = "experts in order of their ids" if name == "before" else "this placement"
         image = _draw_traffic(axes, crossing[name], top)
         axes.set_title(f"{layout}: {scores[name].crossing_fraction:.1%} cross", fontsize=9)
-    figure.colorbar(image, ax=panels[0, 2], label="share of all transitions", format="{x:.1%}")
+    figure.colorbar(image, ax=panels[0, 2], label="share of all transitions", format="{x:.2%}")
     _draw_loads(panels[1, 0], scores, placement.made.get("balance"))
     if counts.num_layers > 1:
         _draw_affinity(panels[1, 1], panels[1, 2], counts, placement)
@@ -85,30 +85,39 @@ def _draw_map(axes: Any, placement: Placement) -> None:
     hosts = placement.hosts()
     gpu_LE = np.where(hosts.sum(axis=1) > 1, placement.gpus, hosts.argmax(axis=1))
     colours = colormaps["turbo"](np.linspace(0.03, 0.97, placement.gpus))
-    palette = ListedColormap([*map(tuple, colours), _SEVERAL])
+    several = [_SEVERAL] if placement.is_replicated else []
+    palette = ListedColormap([*map(tuple, colours), *several])
     image = axes.imshow(
-        gpu_LE, aspect="auto", cmap=palette, vmin=-0.5, vmax=placement.gpus + 0.5,
+        gpu_LE, aspect="auto", cmap=palette, vmin=-0.5, vmax=palette.N - 0.5,
         interpolation="nearest",
     )  # fmt: skip
-    ticks = np.unique(np.linspace(0, placement.gpus - 1, min(placement.gpus, 8)).astype(int))
-    bar = axes.figure.colorbar(image, ax=axes, ticks=[*ticks, placement.gpus])
-    bar.ax.set_yticklabels([*(f"GPU {gpu}" for gpu in ticks), "several GPUs"])
+    labels = {gpu: f"GPU {gpu}" for gpu in range(0, placement.gpus, -(-placement.gpus // 8))}
+    if placement.is_replicated:
+        labels[placement.gpus] = "several GPUs"
+    bar = axes.figure.colorbar(image, ax=axes, ticks=list(labels))
+    bar.ax.set_yticklabels(list(labels.values()))
     rows = np.unique(np.linspace(0, placement.num_layers - 1, 8).astype(int))
     axes.set_yticks(rows, [str(placement.layer_ids[row]) for row in rows])
+    _whole_ticks(axes.xaxis)
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_title("which GPU holds which expert", fontsize=9)
 
 
 def _draw_traffic(axes: Any, crossing: Array, top: float) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
     image = axes.imshow(crossing, cmap="magma_r", vmin=0.0, vmax=top, interpolation="nearest")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    _whole_ticks(axes.xaxis, axes.yaxis)
     axes.set_xlabel("to GPU")
     axes.set_ylabel("from GPU")
     return image
+
+
+def _whole_ticks(*axes: Any) -> None:
+    """Experts and GPUs have no halves."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
 
 
 def _draw_loads(axes: Any, scores: dict[str, Evaluation], limit: object) -> None:
@@ -156,8 +165,9 @@ def _draw_affinity(by_id: Any, by_gpu: Any, counts: RoutingCounts, placement: Pl
             share_EE[np.ix_(*orders)], cmap="magma_r", vmin=0.0, vmax=top, interpolation="nearest"
         )
         axes.set_title(f"affinity of layers {ids[0]} and {ids[1]}, experts {order}", fontsize=9)
-        axes.set_xlabel(f"expert of layer {ids[1]}, {order}")
-        axes.set_ylabel(f"expert of layer {ids[0]}, {order}")
+        _whole_ticks(axes.xaxis, axes.yaxis)
+        axes.set_xlabel(f"expert of layer {ids[1]}")
+        axes.set_ylabel(f"expert of layer {ids[0]}")
     for gpu, ordered, draw in zip(gpus, by_gpus, (by_gpu.axhline, by_gpu.axvline), strict=True):
         for edge in np.flatnonzero(np.diff(gpu[ordered])) + 0.5:
             draw(edge, color="#0072B2", linewidth=0.8)

@@ -23,7 +23,7 @@ from moe_runtime.placement.anneal_status import (
     open_anneal_library,
 )
 from moe_runtime.placement.check import check
-from moe_runtime.placement.cost_model import CostModel, to_placement
+from moe_runtime.placement.cost_model import CostModel, paid_for_hops, to_placement
 from moe_runtime.placement.descent import descend, greedy_assignment, random_assignment
 from moe_runtime.placement.exact import solve_exactly
 from moe_runtime.placement.objective import Objective
@@ -159,6 +159,17 @@ def test_recombining_is_at_least_as_good_as_the_best_it_was_given(
     assert model.objective(found) <= min(map(model.objective, pool)) + CLOSE
     worst = max(model.gpu_loads(gpu).max() for gpu in pool)
     assert model.gpu_loads(found).max() <= worst + CLOSE
+
+
+@given(seed=seeds, is_flat=st.booleans())
+@settings(max_examples=20)
+def test_hops_cost_what_the_matrix_says(seed: int, is_flat: bool) -> None:
+    """Sums over each GPU's items, then their prices: the product of the two matrices."""
+    rng = np.random.default_rng(seed)
+    costs = 3.0 * (1 - np.eye(4)) if is_flat else rng.random((4, 4))
+    gpu, tokens = rng.permutation(12) % 4, rng.random((12, 5))
+    found = paid_for_hops(costs, gpu, tokens, is_flat=is_flat)
+    np.testing.assert_allclose(found, costs[:, gpu] @ tokens)
 
 
 @given(seed=seeds, nodes=st.sampled_from([1, 2]))
