@@ -3,7 +3,7 @@
     python scripts/bench_placement.py --trace gptoss20b.npz --part gpt-oss > part.md
 
 Parts: gpt-oss, small, deepseek, replicas, domains. Each is one table and takes some ten seconds to
-two minutes; nothing else should run.
+two minutes; nothing else should run. Set OPENBLAS_NUM_THREADS=1, as `placement solve` does.
 """
 
 import argparse

@@ -310,10 +310,13 @@ def test_solving_loads_no_torch(trace_file: Path, tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from moe_runtime.cli.app import main\n"
+        "assert 'numpy' not in sys.modules\n"
         f"T, P, S = {str(trace_file)!r}, 'p.json', 's.json'\n"
         "assert main(['placement', 'solve', T, '--gpus', '4', '-o', P, '--json']) == 0\n"
         "assert main(['placement', 'evaluate', P, T, '--json']) == 0\n"
         "assert main(['placement', 'export', P, '--to', 'sglang', '-o', S]) == 0\n"
+        "import os\n"
+        "assert os.environ['OPENBLAS_NUM_THREADS'] == '1'  # set before numpy looked\n"
         "loaded = [name for name in ('torch', 'transformers') if name in sys.modules]\n"
         "assert not loaded, loaded\n"
     )

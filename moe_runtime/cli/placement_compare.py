@@ -7,7 +7,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from moe_runtime.cli.options import Json
-from moe_runtime.cli.placement_data import load_traces, read_topology, split_traces
+from moe_runtime.cli.placement_data import (
+    give_blas_one_thread,
+    load_traces,
+    read_topology,
+    split_traces,
+)
 from moe_runtime.cli.placement_options import (
     Balance,
     Gpus,
@@ -89,6 +94,7 @@ def compare(
     """
     weights = parse_weights(weight)
     terminal = Terminal(as_json=as_json)
+    give_blas_one_thread()
     with terminal.waiting("counting the traces"):
         from moe_runtime.placement.evaluate import evaluate
         from moe_runtime.placement.objective import Objective

@@ -10,7 +10,12 @@ from rich.table import Table
 from moe_runtime import __version__
 from moe_runtime.cli.options import OUTPUT_PANEL, Json
 from moe_runtime.cli.outputs import check_writable
-from moe_runtime.cli.placement_data import load_traces, read_topology, split_traces
+from moe_runtime.cli.placement_data import (
+    give_blas_one_thread,
+    load_traces,
+    read_topology,
+    split_traces,
+)
 from moe_runtime.cli.placement_options import (
     CLUSTER_PANEL,
     GOAL_PANEL,
@@ -130,6 +135,7 @@ def solve(
         if file is not None:
             check_writable(file)
     terminal = Terminal(as_json=as_json)
+    give_blas_one_thread()
     with terminal.waiting("counting the traces"):
         from moe_runtime.placement.evaluate import evaluate
         from moe_runtime.placement.objective import Objective
