@@ -108,9 +108,10 @@ def _engine(pulp: Any, solver: str | None, seconds: float, is_warm: bool) -> tup
     wanted = _DEFAULT_SOLVERS if solver is None else (solver,)
     found = next((name for name in wanted if name in available), None)
     if found is None:
+        remedy = "pip install highspy" if solver is None else "install it, or choose one of those"
         raise MissingPackageError(
             f"the solver {' or '.join(wanted)} is not installed; installed are {available}; "
-            "pip install highspy"
+            f"{remedy}"
         )
     options = {"warmStart": True} if is_warm and found == "PULP_CBC_CMD" else {}
     return found, pulp.getSolver(found, timeLimit=seconds, msg=False, **options)

@@ -33,6 +33,7 @@ def plot_placement(
     and after; and the most dependent pair of layers, its experts by id and by GPU.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     before = _initial(placement)
     counts = RoutingCounts.of(traces)
@@ -40,7 +41,7 @@ def plot_placement(
         "before": evaluate(before, traces, topology),
         "after": evaluate(placement, traces, topology),
     }
-    figure = Figure(figsize=_SIZE_INCHES, layout="constrained")
+    figure = Figure(figsize=_SIZE_INCHES, layout=ConstrainedLayoutEngine(w_pad=0.1))
     panels: Any = figure.subplots(2, 3)
     _draw_map(panels[0, 0], placement)
     crossing = {name: _crossing(score) for name, score in scores.items()}
@@ -170,7 +171,7 @@ def _draw_affinity(by_id: Any, by_gpu: Any, counts: RoutingCounts, placement: Pl
         axes.set_ylabel(f"expert of layer {ids[0]}")
     for gpu, ordered, draw in zip(gpus, by_gpus, (by_gpu.axhline, by_gpu.axvline), strict=True):
         for edge in np.flatnonzero(np.diff(gpu[ordered])) + 0.5:
-            draw(edge, color="#0072B2", linewidth=0.8)
+            draw(edge, color="#0072B2", linewidth=min(0.8, 8 / placement.gpus))
     by_gpu.figure.colorbar(image, ax=by_gpu, label="share of the expert's tokens", format="{x:.0%}")
 
 
