@@ -37,13 +37,18 @@ def silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """Which model a predictor belongs to. `checkpoint` is a digest of its weights, "" unknown."""
+    """Which model a predictor belongs to. `checkpoint` is a digest of its weights, "" unknown.
+
+    `layer_ids` says where its MoE layers stand among all `num_hidden_layers`; empty: one by one.
+    """
 
     model: str
     num_layers: int
     num_experts: int
     top_k: int
     checkpoint: str = ""
+    layer_ids: tuple[int, ...] = ()
+    num_hidden_layers: int = 0
 
     @classmethod
     def of(cls, trace: Trace, checkpoint: str = "") -> Self:
@@ -53,6 +58,8 @@ class Fingerprint:
             num_experts=trace.num_experts,
             top_k=trace.top_k,
             checkpoint=checkpoint,
+            layer_ids=trace.layer_ids,
+            num_hidden_layers=trace.num_hidden_layers,
         )
 
     def __str__(self) -> str:

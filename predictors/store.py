@@ -54,7 +54,8 @@ def load_predictor(path: Path, expected: Fingerprint | None = None) -> Predictor
                 f"predictor {path} has format {about['format']}, and this version reads {_FORMAT}; "
                 "train it again"
             )
-        fingerprint = Fingerprint(**about["fingerprint"])
+        of = about["fingerprint"]
+        fingerprint = Fingerprint(**of | {"layer_ids": tuple(of.get("layer_ids", ()))})
         kind = PREDICTORS.get(about["name"])
         if kind is None:
             raise PredictorError(

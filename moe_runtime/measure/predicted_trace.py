@@ -96,6 +96,11 @@ def predict_trace(
         "num_experts": of.num_experts,
         "model": of.model,
     }
+    if of.layer_ids:
+        fields |= {
+            "layer_ids": np.array(of.layer_ids, np.int32),
+            "num_hidden_layers": of.num_hidden_layers,
+        }
     return Trace.of(fields, source="prediction")
 
 
