@@ -1,16 +1,19 @@
 """Tiny quantised checkpoints in the layouts in which DeepSeek-V3 and gpt-oss are published."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, FineGrainedFP8Config, Mxfp4Config, PreTrainedModel
 
 from moe_runtime.kernels.reference import quantize_fp8_reference, quantize_mxfp4_reference
-from tests.tiny_models import randomise, tiny_config
+from tests.tiny_checkpoint import save_tokenizer
+from tests.tiny_models import family_classes, randomise, tiny_config
 
 FP8 = {
     "quant_method": "fp8",
@@ -51,7 +54,11 @@ def save_mxfp4(folder: Path) -> Path:
 
 
 def load_dequantised(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """The model as transformers dequantises it, with eager experts."""
+    """The model as transformers dequantises it, with eager experts.
+
+    What is not quantised keeps its dtype in transformers 5.23, which in float32 gives a model that
+    does not run: it is made float32 here.
+    """
     config = AutoConfig.from_pretrained(folder)
     is_fp8 = config.quantization_config["quant_method"] == "fp8"
     settings: Any = FineGrainedFP8Config if is_fp8 else Mxfp4Config
@@ -62,7 +69,24 @@ def load_dequantised(folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTr
         experts_implementation="eager",
         quantization_config=settings(dequantize=True),
     )
-    return model
+    return model.float() if dtype == torch.float32 else model
+
+
+def save_dequantised(source: Path, folder: Path) -> Path:
+    """An fp8 checkpoint dequantised square by square: what it means, rounded once to float32."""
+    tensors = tensors_of(source)
+    for name in [n for n in tensors if n.endswith("_scale_inv")]:
+        weight = name.removesuffix("_scale_inv")
+        scales, dense = tensors.pop(name), tensors[weight].double()
+        for (n, k), scale in np.ndenumerate(scales.numpy()):
+            dense[128 * n : 128 * (n + 1), 128 * k : 128 * (k + 1)] *= float(scale)
+        tensors[weight] = dense.float()
+    shutil.copytree(source, folder)
+    resave(folder, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def resave(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -81,14 +105,18 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def _saved(folder: Path, family: str, sizes: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A random bf16 model of the family with its tokenizer; its weights, to be quantised."""
     config = tiny_config(family)
+    config.vocab_size, config.eos_token_id, config.bos_token_id = 257, 0, None
     for name, value in sizes.items():
-        setattr(config, name, value)
+        if hasattr(config, name):
+            setattr(config, name, value)
     config.dtype = torch.bfloat16
-    model_class = getattr(transformers, transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__)
+    model_class = getattr(transformers, family_classes()[family])
     model = model_class._from_config(config, dtype=torch.float32)
     randomise(model, seed=1)
     model.to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
     return tensors_of(folder)
 
 
