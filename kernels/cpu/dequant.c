@@ -4,8 +4,9 @@
  * processor has them, plain C elsewhere, with equal bits: a weight is its number times its scale in
  * float32, rounded once to bfloat16, to nearest, ties to even.
  *
- * A weight that is stored [N, K] and wanted [K, N] is decoded 32 rows by 128 columns at a time into
- * a tile that stays in the first cache, and leaves it in whole cache lines of the result.
+ * A weight that is stored [N, K] and wanted [K, N] is decoded 128 rows by 64 columns at a time into
+ * a tile that stays in the first cache, and leaves it in whole cache lines of the result: past the
+ * caches where the result is larger than they are.
  */
 #include <stdint.h>
 #include <string.h>
@@ -18,7 +19,11 @@
 enum { INTERFACE = 1 };
 
 enum { PLAIN = 0, AVX2 = 1, AVX512 = 2 };
-enum { BLOCK = 128, GROUP = 32, TILE_ROWS = 32 };
+enum { BLOCK = 128, GROUP = 32, TILE_ROWS = 128, TILE_COLUMNS = 64 };
+/* Rows that are asked for before they are decoded: each lies in another page than the last. */
+enum { ROWS_AHEAD = 16 };
+/* Weights of a result that goes past the caches, 8 MiB. */
+static const int64_t LARGE = 1 << 22;
 
 struct moe_dequant {
     const uint8_t *values; /* fp8: [rows, columns] e4m3; mxfp4: [rows, columns / 2] */
@@ -87,10 +92,11 @@ static void mxfp4_plain(const uint8_t *codes, const uint8_t *scales, int64_t num
     }
 }
 
+/* `stride` is that of the rows of `out`, which get the columns of `tile`. */
 static void transpose_plain(const uint16_t *tile, int64_t num_rows, int64_t num_columns,
                             uint16_t *out, int64_t stride) {
     for (int64_t k = 0; k < num_columns; k++)
-        for (int64_t n = 0; n < num_rows; n++) out[k * stride + n] = tile[n * BLOCK + k];
+        for (int64_t n = 0; n < num_rows; n++) out[k * stride + n] = tile[n * TILE_COLUMNS + k];
 }
 
 /* A test defines MOE_OTHER_PROCESSOR to see what is built elsewhere. */
@@ -98,6 +104,7 @@ static void transpose_plain(const uint16_t *tile, int64_t num_rows, int64_t num_
 
 #include <immintrin.h>
 
+#define UNROLL _Pragma("GCC unroll 8")
 #define MOE_AVX2 __attribute__((target("avx2,f16c")))
 #define MOE_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl")))
 
@@ -226,32 +233,47 @@ MOE_AVX2 static void mxfp4_256(const uint8_t *codes, const uint8_t *scales, int6
 /* Eight rows of eight, by the instructions that every x86-64 has. */
 static void transpose_8x8(const uint16_t *tile, uint16_t *out, int64_t stride) {
     __m128i a[8], b[8];
-    for (int n = 0; n < 8; n++) a[n] = _mm_loadu_si128((const __m128i *)(tile + n * BLOCK));
-    for (int n = 0; n < 4; n++) {
+    UNROLL for (int n = 0; n < 8; n++) a[n] = _mm_loadu_si128((const __m128i *)(tile + n * TILE_COLUMNS));
+    UNROLL for (int n = 0; n < 4; n++) {
         b[2 * n] = _mm_unpacklo_epi16(a[2 * n], a[2 * n + 1]);
         b[2 * n + 1] = _mm_unpackhi_epi16(a[2 * n], a[2 * n + 1]);
     }
-    for (int n = 0; n < 2; n++) {
+    UNROLL for (int n = 0; n < 2; n++) {
         a[4 * n] = _mm_unpacklo_epi32(b[4 * n], b[4 * n + 2]);
         a[4 * n + 1] = _mm_unpackhi_epi32(b[4 * n], b[4 * n + 2]);
         a[4 * n + 2] = _mm_unpacklo_epi32(b[4 * n + 1], b[4 * n + 3]);
         a[4 * n + 3] = _mm_unpackhi_epi32(b[4 * n + 1], b[4 * n + 3]);
     }
-    for (int k = 0; k < 4; k++) {
+    UNROLL for (int k = 0; k < 4; k++) {
         _mm_storeu_si128((__m128i *)(out + 2 * k * stride), _mm_unpacklo_epi64(a[k], a[k + 4]));
         _mm_storeu_si128((__m128i *)(out + (2 * k + 1) * stride),
                          _mm_unpackhi_epi64(a[k], a[k + 4]));
     }
 }
 
+static void store_line(uint16_t *out, const uint16_t *line, int64_t count, int stream) {
+    if (!stream || (uintptr_t)out % 16) {
+        memcpy(out, line, (size_t)count * sizeof *out);
+        return;
+    }
+    for (int64_t n = 0; n < count; n += 8)
+        _mm_stream_si128((__m128i *)(out + n), _mm_load_si128((const __m128i *)(line + n)));
+}
+
+static void end_stream(void) { _mm_sfence(); }
+
 static void transpose(const uint16_t *tile, int64_t num_rows, int64_t num_columns, uint16_t *out,
-                      int64_t stride) {
+                      int64_t stride, int stream) {
     const int64_t rows = num_rows / 8 * 8, columns = num_columns / 8 * 8;
-    for (int64_t k = 0; k < columns; k += 8)
+    uint16_t lines[8 * TILE_ROWS] __attribute__((aligned(64)));
+    for (int64_t k = 0; k < columns; k += 8) {
         for (int64_t n = 0; n < rows; n += 8)
-            transpose_8x8(tile + n * BLOCK + k, out + k * stride + n, stride);
+            transpose_8x8(tile + n * TILE_COLUMNS + k, lines + n, TILE_ROWS);
+        for (int64_t i = 0; i < 8; i++)
+            store_line(out + (k + i) * stride, lines + i * TILE_ROWS, rows, stream);
+    }
     transpose_plain(tile + columns, rows, num_columns - columns, out + columns * stride, stride);
-    transpose_plain(tile + rows * BLOCK, num_rows - rows, num_columns, out + rows, stride);
+    transpose_plain(tile + rows * TILE_COLUMNS, num_rows - rows, num_columns, out + rows, stride);
 }
 
 #else
@@ -262,11 +284,13 @@ EXPORT int moe_dequant_levels(void) { return PLAIN; }
 #define fp8_512 fp8_plain
 #define mxfp4_256 mxfp4_plain
 #define mxfp4_512 mxfp4_plain
-#define transpose transpose_plain
+#define transpose(tile, rows, columns, out, stride, stream) \
+    transpose_plain(tile, rows, columns, out, stride)
+#define end_stream() ((void)0)
 
 #endif
 
-/* Up to 128 columns of one row, which begin on the border of a block. */
+/* `count` columns of one row, all of one block. */
 static void decode(const struct moe_dequant *op, int64_t row, int64_t column, int64_t count,
                    uint16_t *out) {
     const int64_t K = op->num_columns;
@@ -294,15 +318,22 @@ static void run_rows(const struct moe_dequant *op, int64_t first, int64_t end) {
 
 /* Blocks of columns `first` to `end`, each from its first row to its last. */
 static void run_columns(const struct moe_dequant *op, int64_t first, int64_t end) {
-    uint16_t tile[TILE_ROWS * BLOCK] __attribute__((aligned(64)));
-    for (int64_t k = first * BLOCK; k < least(end * BLOCK, op->num_columns); k += BLOCK) {
-        const int64_t columns = least(BLOCK, op->num_columns - k);
+    uint16_t tile[TILE_ROWS * TILE_COLUMNS] __attribute__((aligned(64)));
+    const int stream = op->num_rows * op->num_columns >= LARGE;
+    for (int64_t k = first * BLOCK; k < least(end * BLOCK, op->num_columns); k += TILE_COLUMNS) {
+        const int64_t columns = least(TILE_COLUMNS, op->num_columns - k);
         for (int64_t n = 0; n < op->num_rows; n += TILE_ROWS) {
             const int64_t rows = least(TILE_ROWS, op->num_rows - n);
-            for (int64_t r = 0; r < rows; r++) decode(op, n + r, k, columns, tile + r * BLOCK);
-            transpose(tile, rows, columns, op->dense + k * op->stride + n, op->stride);
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t row = least(n + r + ROWS_AHEAD, op->num_rows - 1);
+                const int64_t ahead = row * op->num_columns + k;
+                __builtin_prefetch(op->values + (op->is_mxfp4 ? ahead / 2 : ahead));
+                decode(op, n + r, k, columns, tile + r * TILE_COLUMNS);
+            }
+            transpose(tile, rows, columns, op->dense + k * op->stride + n, op->stride, stream);
         }
     }
+    if (stream) end_stream();
 }
 
 static int64_t num_shares(const struct moe_dequant *op) {

@@ -131,6 +131,19 @@ def test_every_scale_of_mxfp4(dequantizer: Dequantizer) -> None:
     assert bool(found[255].isnan().all())  # NaN by the standard; transformers has infinities
 
 
+def test_results_larger_than_the_caches() -> None:
+    """Law: what is written past the caches is what torch writes, at addresses of every kind."""
+    if len(available_levels()) == 1:
+        pytest.skip("no compiled library")
+    weights = stored("mxfp4", 2050, 2080)
+    rows = torch.empty(2050, 2080, dtype=torch.bfloat16)
+    load_dequantizer("torch").run(weights, rows)
+    for first in (0, 1, 8):
+        room = torch.empty(2080, 2064, dtype=torch.bfloat16)
+        load_dequantizer().run(weights, room[:, first : first + 2050].mT)
+        assert torch.equal(room[:, first : first + 2050].mT, rows)
+
+
 @pytest.mark.parametrize("case", CASES[-1:] + CASES[4:5], ids=str)
 def test_threads_change_nothing(
     dequantizer: Dequantizer, case: tuple[ScaledFormat, int, int]
