@@ -63,7 +63,7 @@ def _dequantised(quantisation: str | None) -> dict[str, Any]:
     """Arguments that make `from_pretrained` dequantise on any machine, with a GPU or without."""
     if quantisation is None:
         return {}
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     if quantisation == "fp8":
         _mend_cut_squares()
@@ -89,7 +89,7 @@ def _mend_cut_squares() -> None:
         by_weight = by_row.repeat_interleave(128, 1)[:, :columns]
         return (values.float() * by_weight).to(output_dtype)
 
-    Fp8Dequantize._dequantize_one = dequantize  # type: ignore[method-assign]
+    Fp8Dequantize._dequantize_one = dequantize  # type: ignore[method-assign, assignment]
 
 
 def _generate(
