@@ -62,6 +62,8 @@ def load(
     bypass the page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay
     so in memory, where a third more of them fit, and be unpacked at each use: `expert_slots` is
     'packed', 'unpacked', or 'auto', which is 'unpacked' unless only packed ones fit.
+    Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory, and one at a time is
+    dequantised when it is used; its other fp8 weights take the model's dtype while loading.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
@@ -70,8 +72,8 @@ def load(
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
-    files), UnsupportedModelError (no experts, quantised, unknown family) and TypeError (unknown
-    argument).
+    files), UnsupportedModelError (no experts, otherwise quantised, unknown family) and TypeError
+    (unknown argument).
     """
     check_policy(policy)
     if exact and linears:
