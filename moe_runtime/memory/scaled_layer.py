@@ -69,10 +69,12 @@ def _parts(
     name: str, assembly: Assembly, num_experts: int
 ) -> Iterator[tuple[ScaledPart, Assembly, Assembly]]:
     """Each part of expert 0, and the values and scales `[E, ...]` of all experts for it."""
-    found = [
-        [_part(name, box) for box in sorted(assembly.select(0, e).boxes, key=lambda b: b.start)]
-        for e in range(num_experts)
-    ]
+    boxes: list[list[Box]] = [[] for _ in range(num_experts)]
+    for box in assembly.boxes:
+        alone = Assembly(assembly.shape, (box,))
+        for e in range(box.start[0], box.start[0] + box.size[0]):
+            boxes[e] += alone.select(0, e).boxes
+    found = [[_part(name, box) for box in sorted(one, key=lambda b: b.start)] for one in boxes]
     for together in zip(*found, strict=True):
         part = together[0][0]
         for other, values, _ in together:

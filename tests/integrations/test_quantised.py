@@ -145,6 +145,7 @@ def test_slots_hold_experts_as_they_are_stored(folder: Callable[[str], Path], na
     logits_of(model, prompt(2, 60))
     budget, slots = handle.budget, handle.engine.slots
     assert budget.holds_all
+    assert f", {name}) on disk, all at a time" in handle.placement()
     assert isinstance(slots, ScaledSlots)
     tensors = tensors_of(path)
     prefix = "model.layers.1.mlp.experts."
@@ -242,7 +243,9 @@ def test_what_is_quantised_already_is_not_packed(
             write_gguf(folder(name), tmp_path / "model.gguf")
 
 
-def test_packed_slots_are_refused(folder: Callable[[str], Path]) -> None:
+def test_settings_without_effect_are_refused(folder: Callable[[str], Path]) -> None:
+    with pytest.raises(TypeError, match="quantization_config has no effect"):
+        load(folder("fp8"), quantization_config=FP8)
     with pytest.raises(UnsupportedModelError, match="expert_slots='packed' needs"):
         load(folder("fp8"), expert_slots="packed")
 

@@ -151,11 +151,12 @@ class Handle:
         where = "all" if budget.holds_all else f"{budget.num_slots}"
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
         packed = "packed " if self.settings.packed_on_disk else ""
+        stored = f", {self.settings.quantisation}" if self.settings.quantisation else ""
         kept = f"of {self._slot_kind()} slots " if self.settings.packed_on_disk else ""
         return (
             f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
-            f"({format_bytes(budget.expert_total_bytes)}) {packed}on disk, {where} at a time in "
-            f"{format_bytes(budget.used_bytes)} {kept}on {self._device} "
+            f"({format_bytes(budget.expert_total_bytes)}{stored}) {packed}on disk, "
+            f"{where} at a time in {format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
             + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
         )

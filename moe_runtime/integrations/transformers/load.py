@@ -294,6 +294,11 @@ def _refuse_unknown(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None
             "experts_implementation has no effect on offloaded experts; leave it out "
             "(exact=True gives the outputs of 'eager')"
         )
+    if "quantization_config" in kwargs:
+        raise TypeError(
+            "quantization_config has no effect: quantised experts stay as the checkpoint has them; "
+            "leave it out"
+        )
     ours = set(inspect.signature(load).parameters) - {"from_pretrained_kwargs"}
     for name in kwargs:
         if name not in ARGUMENTS and not hasattr(config, name):

@@ -56,7 +56,7 @@ class ResolvedModel:
         if self.quantisation is None:
             return dict(given)
         changes = {k: v for k, v in given.items() if k not in ARGUMENTS and hasattr(self.config, k)}
-        config = plain_config(given.get("config", self.config), changes)
+        config = plain_config(given.get("config") or self.config, changes)
         return {k: v for k, v in given.items() if k not in changes} | {"config": config}
 
 
