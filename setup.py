@@ -44,6 +44,7 @@ C_SOURCES = (
     ("kernels", "cpu", "gemv", ["-O2"]),
     ("kernels", "cpu", "experts", ["-O3", "-fno-trapping-math"]),
     ("kernels", "cpu", "unpack", ["-O2"]),
+    ("kernels", "cpu", "dequant", ["-O2"]),
     ("placement", "native", "anneal", ["-O3"]),
 )
 LIBRARIES = [

@@ -12,7 +12,8 @@ from moe_runtime.kernels.launch import (
     check_device,
     on_device_of,
 )
-from moe_runtime.kernels.slot_weights import FP8_BLOCK, SlotWeights, check_weights, group_of
+from moe_runtime.kernels.scaled_blocks import FP8_BLOCK
+from moe_runtime.kernels.slot_weights import SlotWeights, check_weights, group_of
 from moe_runtime.kernels.weight_tile import column_scale, load_tile, row_scale
 
 # S slots, N outputs (weight rows), K inputs (weight columns)

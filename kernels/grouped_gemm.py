@@ -18,7 +18,8 @@ from moe_runtime.kernels.launch import (
 )
 from moe_runtime.kernels.permute import SortedPairs
 from moe_runtime.kernels.product import product_kernel
-from moe_runtime.kernels.slot_weights import FP8_BLOCK, SlotWeights, check_weights, group_of
+from moe_runtime.kernels.scaled_blocks import FP8_BLOCK
+from moe_runtime.kernels.slot_weights import SlotWeights, check_weights, group_of
 from moe_runtime.kernels.tile_settings import MATRIX_ROWS, TileSettings
 
 # T tokens, K experts a token, E experts, S slots, B blocks, R = B * block_rows rows, D model dim,

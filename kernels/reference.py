@@ -244,6 +244,36 @@ def dequantize_reference(
     return dense_SNK
 
 
+def quantize_fp8_reference(weights_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3fn `[N, K]` and float32 scales of its squares of 128: the largest becomes 448."""
+    N, K = weights_NK.shape
+    values_NK = torch.empty(N, K, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(-(-N // 128), -(-K // 128))
+    for n in range(0, N, 128):
+        for k in range(0, K, 128):
+            block = weights_NK[n : n + 128, k : k + 128].float()
+            scale = max(float(block.abs().max()), 1e-12) / 448
+            scales[n // 128, k // 128] = scale
+            values_NK[n : n + 128, k : k + 128] = (block / scale).to(torch.float8_e4m3fn)
+    return values_NK, scales
+
+
+def quantize_mxfp4_reference(weights_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 codes `[N, K / 32, 16]` and uint8 scales `[N, K / 32]`, as OCP's section 6.3 has it.
+
+    Example: 32 weights of which the largest is 5 get 2^(2 - 2), byte 127; 5 itself is as near to 4
+    as to 6 and becomes 4, code 6.
+    """
+    N, K = weights_NK.shape
+    groups = weights_NK.float().view(N, K // 32, 32)
+    power = groups.abs().amax(-1).clamp(min=2.0**-125).log2().floor() - 2
+    scaled = groups / power.exp2().unsqueeze(-1)
+    e2m1 = torch.tensor((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+    codes = (scaled.abs().unsqueeze(-1) - e2m1).abs().argmin(-1) + 8 * scaled.signbit()
+    blocks = codes[..., 0::2] + 16 * codes[..., 1::2]
+    return blocks.to(torch.uint8), (power + 127).to(torch.uint8)
+
+
 def pack_reference(weights_NK: torch.Tensor) -> torch.Tensor:
     """A block of bf16 weights for `unpack.unpack`, uint8, one weight at a time."""
     K = weights_NK.shape[1]

@@ -11,13 +11,12 @@ from moe_runtime.kernels.launch import (
     check_dtype,
     check_shape,
 )
+from moe_runtime.kernels.scaled_blocks import FP8_BLOCK, MXFP4_GROUP
 
 # S slots, N outputs (weight rows), K inputs (weight columns), G weights that share a scale
 
 WeightFormat = Literal["plain", "int8", "fp8", "int4", "mxfp4"]
 
-FP8_BLOCK = 128  # DeepSeek-V3 scales squares of this side
-MXFP4_GROUP = 32  # weights a scale, OCP microscaling formats 1.0, section 5.1
 _MAX_SLOT_ELEMENTS = 2**31  # places within a slot are counted in int32
 
 

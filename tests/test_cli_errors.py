@@ -169,10 +169,13 @@ def test_code_that_comes_with_a_model_is_not_run(capsys: Capsys, model: Path) ->
 
 
 def test_quantised_checkpoint(capsys: Capsys, model: Path) -> None:
+    change_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    error = generate(capsys, model).error()
+    assert "is quantised (gptq)" in error
+    assert "fp8 as DeepSeek-V3 has it and mxfp4 as gpt-oss has it are" in error
     change_config(model, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
     error = generate(capsys, model).error()
-    assert "is quantised (fp8)" in error
-    assert "bfloat16" in error
+    assert "weight_block_size = [8, 8], and fp8 is supported with [128, 128]" in error
 
 
 # Damaged files
@@ -258,7 +261,7 @@ def test_expert_in_integers(capsys: Capsys, model: Path) -> None:
                 tensors[name] = tensors[name].to(torch.int8)
 
     resave(model, to_integers)
-    assert "is quantised, which is not supported yet" in generate(capsys, model).error()
+    assert "is quantised, and config.json does not say how" in generate(capsys, model).error()
 
 
 def test_missing_dense_weight(capsys: Capsys, model: Path) -> None:

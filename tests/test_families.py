@@ -78,6 +78,24 @@ def test_the_document_says_what_the_tests_prove(reference: Path) -> None:
     )
 
 
+QUANTISED = (
+    "## Quantised checkpoints",
+    "",
+    "fp8 as DeepSeek-V3 ships it (e4m3, a scale for each square of 128 x 128) and mxfp4 as",
+    "gpt-oss ships it load as they are, on the CPU. Experts keep their stored bytes in files and",
+    "memory; one at a time is dequantised to the model's dtype when it is used, into memory that",
+    "is used again. Other fp8 weights (attention, shared experts, dense layers) become the",
+    "model's dtype while loading. Other methods, and other settings of these, are refused by name.",
+    "",
+    "`tests/integrations/test_quantised.py` compares tiny deepseek_v3 and qwen3_moe (fp8) and",
+    "gpt_oss (mxfp4) with the model that transformers itself dequantises, in bfloat16 and float32,",
+    "35 % of the experts in memory: with `exact=True` equal in every bit. Where a side of an fp8",
+    "weight is more than 128 and no multiple of it (576 rows in DeepSeek-V3's kv_a_proj_with_mqa)",
+    "transformers 5.23 fails, or takes the squares to be smaller than they are: the reference",
+    "there is a model dequantised square by square, as `generate --check` reads such weights.",
+)
+
+
 def document(reference: Path) -> str:
     """docs/families.md for the installed transformers."""
     rows = [row(reference, family) for family in families()]
@@ -100,6 +118,8 @@ def document(reference: Path) -> str:
             "| family | model | flags | one expert's tensors in a checkpoint | experts | remark |",
             "|---|---|---|---|---|---|",
             *rows,
+            "",
+            *QUANTISED,
             "",
         ]
     )

@@ -56,6 +56,12 @@ def _rows(found: "Inspection") -> Iterator[tuple[str, str]]:
         "experts",
         f"{found.experts_per_layer} a layer, {found.top_k} a token, {found.num_experts} in all",
     )
+    if found.quantisation is not None:
+        yield (
+            "quantised",
+            f"experts {found.quantisation} in files and memory, computed in {found.dtype}; other "
+            f"weights become {found.dtype} while loading",
+        )
     yield "one expert", format_bytes(found.expert_bytes)
     yield "all experts", format_bytes(found.expert_total_bytes)
     if found.packed_expert_bytes is not None:

@@ -62,6 +62,11 @@ def write_gguf(
     if dtype not in _DTYPES:
         raise ValueError(f"GGUF dtype {dtype!r} is not known; give {' or '.join(_DTYPES)}")
     resolved = resolve_model(checkpoint_folder, local_files_only=True)
+    if resolved.quantisation is not None:
+        raise UnsupportedModelError(
+            f"{checkpoint_folder} is quantised ({resolved.quantisation}), and GGUF is written from "
+            "bfloat16, float16 or float32 checkpoints; use one of these"
+        )
     config, checkpoint = resolved.config, Checkpoint.open(resolved.folder)
     family = family_of(config)
     gguf = _import_gguf()

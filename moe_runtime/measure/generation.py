@@ -250,6 +250,7 @@ def _check(
             effective_dtype=report["settings"]["dtype"],
             device=request.device,
             trust_remote_code=request.trust_remote_code,
+            quantisation=resolved.quantisation,
         )
         if request.exact:
             return check_parity(completions, request.decoding, reference)
@@ -276,11 +277,11 @@ def _greedy_in_float32(
     completions: Sequence[Completion],
     report: Mapping[str, Any],
 ) -> list[Completion]:
-    """The same prompts through the same number of slots, with twice the bytes."""
+    """The same prompts through at least the same number of slots, with twice the bytes."""
     wide = replace(
         request,
         dtype="float32",
-        expert_memory=str(2 * report["cache"]["slots"] * report["cache"]["slot_bytes"]),
+        expert_memory=str(2 * report["memory"]["expert_used_bytes"]),
         expert_slots="auto",
         max_memory=None,
         check=False,

@@ -9,7 +9,7 @@ from typing import Any
 from moe_runtime.integrations.transformers.budget import slot_kinds, smallest_bytes
 from moe_runtime.integrations.transformers.kv_cache import KVCache, measure_kv_cache
 from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.integrations.transformers.survey import Survey, survey_checkpoint
+from moe_runtime.integrations.transformers.survey import survey_checkpoint
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.packing import PackedTensor
 from moe_runtime.memory.tensor_map import LayerExperts
@@ -27,7 +27,8 @@ class Inspection:
     model: str
     family: str
     architecture: str
-    dtype: str
+    dtype: str  # in which experts compute
+    quantisation: str | None  # the format in which they are stored and kept, where it is another
     num_layers: int | None
     num_moe_layers: int
     experts_per_layer: int
@@ -67,18 +68,21 @@ def inspect_model(
 ) -> Inspection:
     """Look at a folder or hub id. Reads config and headers; builds the model without memory."""
     resolved = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
-    checkpoint = Checkpoint.open(resolved.folder)
+    checkpoint = resolved.open_checkpoint()
     found = survey_checkpoint(
         resolved, checkpoint, dtype=dtype, trust_remote_code=trust_remote_code
     )
     text_config = resolved.config.get_text_config()
     tensor_map = found.tensor_map
-    files = checkpoint.files()
+    kinds = slot_kinds(tensor_map)
+    # Not those of `checkpoint`, where scales are part of the weights.
+    files = Checkpoint.open(resolved.folder).files()
     return Inspection(
         model=str(model),
         family=str(resolved.config.model_type),
         architecture=type(found.model).__name__,
-        dtype=str(tensor_map.layers[0].layout.parameters[0].dtype).removeprefix("torch."),
+        dtype=str(tensor_map.dtype).removeprefix("torch."),
+        quantisation=", ".join(tensor_map.formats()) or None,
         num_layers=getattr(text_config, "num_hidden_layers", None),
         num_moe_layers=len(found.sites),
         experts_per_layer=max(site.num_experts for site in found.sites),
@@ -86,11 +90,11 @@ def inspect_model(
         num_experts=tensor_map.num_experts,
         expert_bytes=max(layer.layout.weight_bytes for layer in tensor_map.layers),
         slot_bytes=tensor_map.slot_bytes,
-        expert_total_bytes=tensor_map.num_experts * tensor_map.slot_bytes,
+        expert_total_bytes=kinds[0].bytes_of(tensor_map.num_experts),
         dense_bytes=found.dense_bytes,
         lookup_bytes=found.lookup_bytes,
-        floor_bytes=smallest_bytes(slot_kinds(tensor_map), found.sites),
-        hitting_bytes=_hitting_bytes(found),
+        floor_bytes=smallest_bytes(kinds, found.sites),
+        hitting_bytes=kinds[0].bytes_of(sum(site.top_k for site in found.sites)),
         kv_cache=measure_kv_cache(found),
         context_tokens=getattr(text_config, "max_position_embeddings", None),
         num_files=len(files),
@@ -98,10 +102,6 @@ def inspect_model(
         packed_expert_bytes=_packed_bytes(checkpoint),
         expert_layout=_expert_layout(tensor_map.layers),
     )
-
-
-def _hitting_bytes(found: Survey) -> int:
-    return sum(site.top_k for site in found.sites) * found.tensor_map.slot_bytes
 
 
 def _packed_bytes(checkpoint: Checkpoint) -> int | None:

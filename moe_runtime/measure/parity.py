@@ -74,10 +74,12 @@ class Reference:
     effective_dtype: str
     device: str = "cpu"
     trust_remote_code: bool = False
+    quantisation: str | None = None  # what the process must dequantise
 
     @property
     def name(self) -> str:
-        return f"transformers {version('transformers')}, eager experts, in its own process"
+        how = "" if self.quantisation is None else f", {self.quantisation} dequantised"
+        return f"transformers {version('transformers')}, eager experts{how}, in its own process"
 
 
 def check_parity(
@@ -189,6 +191,7 @@ def _run(
         "folder": str(reference.folder),
         "device": reference.device,
         "trust_remote_code": reference.trust_remote_code,
+        "quantisation": reference.quantisation,
         "num_threads": torch.get_num_threads(),
         "runs": runs,
     }

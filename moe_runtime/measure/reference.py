@@ -25,6 +25,7 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(request["num_threads"])
     trust = request["trust_remote_code"]
+    dequantised = _dequantised(request["quantisation"])
     for number, run in enumerate(request["runs"]):
         model = AutoModelForCausalLM.from_pretrained(
             request["folder"],
@@ -32,7 +33,10 @@ def main() -> None:
             experts_implementation="eager",
             local_files_only=True,
             trust_remote_code=trust,
+            **dequantised,
         ).to(request["device"])
+        if dequantised and run["dtype"] == "float32":
+            model.float()  # transformers 5.23 leaves as they are what is not quantised
         answers = []
         for prompt in run["prompts"]:
             arguments = dict(run["generate_arguments"])
@@ -53,6 +57,39 @@ def main() -> None:
         for index, answer in enumerate(answers):
             save_file(answer, request_file.with_name(f"answer-{number}-{index}.safetensors"))
         del model  # before the next one needs its memory
+
+
+def _dequantised(quantisation: str | None) -> dict[str, Any]:
+    """Arguments that make `from_pretrained` dequantise on any machine, with a GPU or without."""
+    if quantisation is None:
+        return {}
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
+
+    if quantisation == "fp8":
+        _mend_cut_squares()
+        return {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    return {"quantization_config": Mxfp4Config(dequantize=True)}
+
+
+def _mend_cut_squares() -> None:
+    """Let transformers 5.23 read fp8 weights whose sides 128 does not divide.
+
+    It takes the side of a square to be the weight's over the number of scales: an error, or other
+    weights, where the last square is cut. All others it reads itself.
+    """
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    unmodified = Fp8Dequantize._dequantize_one
+
+    def dequantize(self: Any, values: Any, scales: Any, output_dtype: Any = None) -> Any:
+        rows, columns = values.shape
+        if all(side % 128 == 0 or side < 128 for side in (rows, columns)):
+            return unmodified(self, values, scales, output_dtype)
+        by_row = scales.float().repeat_interleave(128, 0)[:rows]
+        by_weight = by_row.repeat_interleave(128, 1)[:, :columns]
+        return (values.float() * by_weight).to(output_dtype)
+
+    Fp8Dequantize._dequantize_one = dequantize  # type: ignore[method-assign, assignment]
 
 
 def _generate(

@@ -5,6 +5,7 @@ import platform
 import re
 
 from moe_runtime import __version__
+from moe_runtime.kernels.cpu.dequant_status import dequant_status
 from moe_runtime.kernels.cpu.experts_status import experts_status
 from moe_runtime.kernels.cpu.gemv_status import gemv_status
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
@@ -91,13 +92,15 @@ def check_kernels() -> Check:
         "one_token_bf16": one_token_bf16,
         "placement_search": anneal_status(),
         "unpack": unpack_status(),
+        "dequant": dequant_status(),
         "devices": devices,
         "threads": torch.get_num_threads(),
     }
     finding = (
         f"torch on {' and '.join(devices)}, {torch.get_num_threads()} threads; "
         f"bf16 experts on the CPU: {experts}; with --exact, one token at a time: {one_token_bf16}; "
-        f"placement search: {anneal_status()}; packed experts: {unpack_status()}"
+        f"placement search: {anneal_status()}; packed experts: {unpack_status()}; "
+        f"fp8 and mxfp4 experts: {dequant_status()}"
     )
     return Check(name="kernels", status=Status.OK, finding=finding, facts=facts)
 

@@ -242,7 +242,7 @@ class DiskReader:
         data = torch.from_numpy(self._read(file, extent.offset, extent.num_bytes, buffer))
         if extent.blocks:
             data = self._unpacked(data, extent, file)
-        views = layout.views(torch.from_numpy(blob))
+        views = layout.as_read.views(torch.from_numpy(blob))
         for move in extent.moves:
             assert isinstance(move, StridedMove)
             first = move.file_offset - extent.offset

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moe_runtime.kernels.scaled_blocks import ScaledFormat
 from moe_runtime.memory.packing import PackedBlock
+from moe_runtime.memory.safetensors_header import FileTensor
 
 # A cache line. CPU matrix kernels may sum in another order on weights that stand elsewhere in one,
 # so a weight's phase, its address modulo this, is part of what the unmodified model computes.
@@ -15,6 +17,8 @@ ALIGNMENT_BYTES = 64
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+# What a slot can hold besides: the values and the scales of quantised weights.
+STORED_DTYPES = TORCH_DTYPES | {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +63,46 @@ class PackedBlob:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledPart:
+    """A weight `[N, K]` of a parameter, which a blob holds as values and their scales.
+
+    It stands at `start` of the parameter, as `[K, N]` if `is_transposed`. `values` and `scales`
+    name parameters of the stored layout; `source` is where the scales come from.
+    """
+
+    parameter: str
+    format: ScaledFormat
+    start: tuple[int, int]
+    shape: tuple[int, int]
+    is_transposed: bool
+    values: str
+    scales: str
+    source: FileTensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledBlob:
+    """How an expert stands in a blob that holds it quantised.
+
+    Parameters of which there is no part stand in `stored` as they compute.
+    """
+
+    stored: "ExpertLayout"
+    parts: tuple[ScaledPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertLayout:
     """The parameters of one expert in blob order (gate|up, down, biases ...).
 
-    With `packed`, a slot holds that blob, and `parameters` tell of what it unpacks to.
+    With `packed` or `scaled`, a slot holds that blob, and `parameters` tell of what it unpacks or
+    dequantises to.
     """
 
     parameters: tuple[ParameterSpec, ...]
     num_bytes: int  # of the plain blob, with alignment
     packed: PackedBlob | None = None
+    scaled: ScaledBlob | None = None
 
     @classmethod
     def pack(
@@ -96,6 +131,11 @@ class ExpertLayout:
             for spec, phase in zip(self.parameters, phases, strict=True)
         )
         return ExpertLayout(specs, self.num_bytes)
+
+    @property
+    def as_read(self) -> "ExpertLayout":
+        """The parameters as they are read into a slot, which are views of it."""
+        return self if self.scaled is None else self.scaled.stored
 
     @property
     def weight_bytes(self) -> int:

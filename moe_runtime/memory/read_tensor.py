@@ -5,8 +5,10 @@ import os
 import torch
 
 from moe_runtime.errors import CheckpointError
+from moe_runtime.kernels.cpu.dequant import load_dequantizer
 from moe_runtime.kernels.cpu.unpack import load_codec
-from moe_runtime.memory.layout import ALIGNMENT_BYTES, empty_at
+from moe_runtime.kernels.scaled_blocks import ScaledWeights
+from moe_runtime.memory.layout import ALIGNMENT_BYTES, STORED_DTYPES, empty_at
 from moe_runtime.memory.packing import (
     ITEM_BYTES,
     PackedTensor,
@@ -15,6 +17,7 @@ from moe_runtime.memory.packing import (
     seal_of,
 )
 from moe_runtime.memory.safetensors_header import FileTensor
+from moe_runtime.memory.scaled_tensor import ScaledTensor, unsound
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -45,6 +48,32 @@ def read_tensor(tensor: FileTensor) -> torch.Tensor:
             "again, or pack the model again"
         )
     return data.view(_TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def read_scaled(tensor: ScaledTensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weights that `tensor` stands for, dequantised to `dtype`.
+
+    Raises CheckpointError when a scale is no number, or a read fails.
+    """
+    dense = torch.empty(tensor.shape, dtype=dtype)
+    matrices = dense.view(-1, *tensor.shape[-2:])
+    matrices = matrices.mT if tensor.is_transposed else matrices
+    M, N, _ = matrices.shape
+    values = _read_stored(tensor.values).view(M, N, -1)
+    scales = _read_stored(tensor.scales).view(M, *tensor.scales.shape[-2:])
+    dequantizer = load_dequantizer()
+    for m in range(M):
+        weights = ScaledWeights(format=tensor.format, values=values[m], scales=scales[m])
+        if not weights.is_sound:
+            raise unsound(tensor.scales)
+        dequantizer.run(weights, matrices[m])
+    return dense
+
+
+def _read_stored(tensor: FileTensor) -> torch.Tensor:
+    data = torch.empty(tensor.num_bytes, dtype=torch.uint8)
+    _read_bytes(tensor, tensor.offset, data)
+    return data.view(STORED_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def _read_packed(tensor: PackedTensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.assembly import Assembly, Box, row_major
-from moe_runtime.memory.layout import TORCH_DTYPES, ExpertLayout, ParameterSpec
+from moe_runtime.memory.layout import STORED_DTYPES, ExpertLayout, ParameterSpec, ScaledPart
 from moe_runtime.memory.packing import ITEM_BYTES, PackedBlock, PackedTensor
 
 
@@ -67,17 +67,37 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledExperts:
+    """What experts that lie quantised in their files compute as, and from which parts.
+
+    `phases` are as in LayerExperts, for the parameters of `computed`; the parts' sources are those
+    of expert 0.
+    """
+
+    computed: ExpertLayout
+    phases: Mapping[str, Sequence[int]]
+    parts: tuple[ScaledPart, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LayerExperts:
     """One MoE layer: its layout and each parameter's assembly, the expert dimension first.
 
     `phases[name][e]` is the address modulo a cache line at which the unmodified model would hold
-    parameter `name` of expert `e`; without them every parameter starts on a cache line.
+    parameter `name` of expert `e`; without them every parameter starts on a cache line. All of it
+    is of what the files hold; where that is quantised, `scaled` says what it stands for.
     """
 
     num_experts: int
     layout: ExpertLayout
     parameters: Mapping[str, Assembly]
     phases: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    scaled: ScaledExperts | None = None
+
+    @property
+    def computed(self) -> ExpertLayout:
+        """The parameters with which an expert computes."""
+        return self.layout if self.scaled is None else self.scaled.computed
 
 
 class TensorMap:
@@ -109,6 +129,21 @@ class TensorMap:
             for assembly in layer.parameters.values()
             for box in assembly.boxes
         )
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether any expert lies quantised in its file."""
+        return bool(self.formats())
+
+    def formats(self) -> list[str]:
+        """The formats in which experts lie quantised in their files, in name order."""
+        parts = (part for layer in self.layers if layer.scaled for part in layer.scaled.parts)
+        return sorted({part.format for part in parts})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which experts compute."""
+        return self.layers[0].computed.parameters[0].dtype
 
     @property
     def slot_bytes(self) -> int:
@@ -220,7 +255,7 @@ def _unpacked_extent(source: PackedTensor, box: Box, spec: ParameterSpec) -> Ext
 
 def _is_plain(box: Box, spec: ParameterSpec) -> bool:
     """Whether the box is one run of bytes in the file and in the blob, of the same dtype."""
-    if TORCH_DTYPES[box.source.dtype] != spec.dtype:
+    if STORED_DTYPES[box.source.dtype] != spec.dtype:
         return False
     leading = next((d for d, length in enumerate(box.size) if length != 1), len(box.size))
     whole_rows = all(box.size[d] == spec.shape[d] for d in range(leading + 1, len(spec.shape)))
@@ -252,7 +287,7 @@ def _span(box: Box) -> int:
 
 def _strided_move(box: Box, spec: ParameterSpec, origin: int) -> StridedMove:
     """`origin`: where element 0 of the source stands."""
-    dtype = TORCH_DTYPES[box.source.dtype]
+    dtype = STORED_DTYPES[box.source.dtype]
     return StridedMove(
         origin + box.offset * dtype.itemsize,
         _span(box) * dtype.itemsize,

@@ -8,6 +8,7 @@ from moe_runtime.errors import BudgetError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.memory.packed_map import PackedMap
+from moe_runtime.memory.scaled_map import ScaledMap
 from moe_runtime.memory.tensor_map import TensorMap
 
 # Kept free under 'auto' for activations, the KV cache and the allocator's slack.
@@ -20,11 +21,15 @@ SLOT_KINDS = ("auto", "packed", "unpacked")
 
 @dataclass(frozen=True, slots=True)
 class SlotKind:
-    """What a slot holds: an expert as it computes, or a packed one and room for one unpacked."""
+    """What a slot holds: an expert as it computes; or a packed or quantised one, and room for one.
+
+    `room_bytes` stand beside the slots: that expert as it computes.
+    """
 
     slot_bytes: int
     packed: PackedMap | None = None
-    room_bytes: int = 0  # beside the slots
+    room_bytes: int = 0
+    scaled: ScaledMap | None = None
 
     def num_slots(self, budget_bytes: int) -> int:
         """Slots within so many bytes."""
@@ -39,7 +44,8 @@ class SlotKind:
 class Budget:
     """Slots for experts, and the figures they follow from.
 
-    `expert_total_bytes` are those of all experts as they compute, packed or not.
+    `expert_total_bytes` are those of all experts as they compute, packed or not; of quantised ones
+    as they are stored, and of the room for one.
     """
 
     num_slots: int
@@ -78,6 +84,14 @@ def slot_kinds(
     """
     if wanted not in SLOT_KINDS:
         raise ValueError(f"expert_slots {wanted!r} is unknown; choose from {', '.join(SLOT_KINDS)}")
+    scaled = ScaledMap.of(tensor_map)
+    if scaled is not None and device != "cpu":
+        raise UnsupportedModelError(
+            f"quantised experts ({', '.join(tensor_map.formats())}) run on the CPU alone so far; "
+            "load the model there, or use its bfloat16 checkpoint"
+        )
+    if scaled is not None and wanted != "packed":
+        return [SlotKind(scaled.slot_bytes, scaled=scaled, room_bytes=scaled.computed_bytes)]
     plain = SlotKind(tensor_map.slot_bytes)
     may_keep = wanted != "unpacked" and device == "cpu"
     packed = PackedMap.of(tensor_map) if may_keep else None
@@ -118,6 +132,7 @@ def plan_budget(
     """
     kinds = slot_kinds(tensor_map, expert_slots, device)
     total_bytes = tensor_map.num_experts * tensor_map.slot_bytes
+    total_bytes += kinds[0].room_bytes if kinds[0].scaled else 0  # '100%' means all of them
     free = available_bytes - dense_bytes
     free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)

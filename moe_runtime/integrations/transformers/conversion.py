@@ -17,6 +17,7 @@ from transformers.core_model_loading import (
 from moe_runtime.errors import CheckpointError
 from moe_runtime.memory.assembly import Assembly, concatenate, stack
 from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.scaled_tensor import ScaledTensor
 
 
 class SymbolicTensor:
@@ -216,8 +217,9 @@ def _check(
                 f"experts of {name} disagree in dtype: {box.source} and {first}; "
                 "save the checkpoint again in one dtype"
             )
-        if box.source.dtype not in ("F64", "F32", "F16", "BF16"):
+        is_float = box.source.dtype in ("F64", "F32", "F16", "BF16")
+        if not is_float and not isinstance(box.source, ScaledTensor):
             raise CheckpointError(
-                f"{box.source} is quantised, which is not supported yet; "
-                "use a checkpoint in bfloat16, float16 or float32"
+                f"{box.source} is quantised, and config.json does not say how; use a checkpoint "
+                "in bfloat16, float16 or float32, or in fp8 or mxfp4 with a quantization_config"
             )

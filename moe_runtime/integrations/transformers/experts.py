@@ -105,7 +105,7 @@ class OffloadedExperts(OffloadedModule):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            layout = self._engine.tensor_map.layers[self._layer].layout
+            layout = self._engine.tensor_map.layers[self._layer].computed
             if any(spec.name == name for spec in layout.parameters):
                 raise AttributeError(f"{name!r} is offloaded; {REMEDY}") from None
             raise
@@ -188,7 +188,7 @@ class _ReferenceSelf:
 
     def __init__(self, module: OffloadedExperts, in_turn: _InTurn) -> None:
         self._module = module
-        layout = module._engine.tensor_map.layers[module._layer].layout
+        layout = module._engine.tensor_map.layers[module._layer].computed
         for spec in layout.parameters:
             setattr(self, spec.name, _ReferenceParameter(in_turn, spec.name))
 

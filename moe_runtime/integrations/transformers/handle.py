@@ -25,6 +25,7 @@ from moe_runtime.integrations.transformers.experts import (
     offloaded_class,
 )
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
+from moe_runtime.kernels.cpu.dequant_status import dequant_status
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
@@ -43,6 +44,7 @@ class Settings:
     direct_reads: bool
     holds_all_experts: bool
     packed_on_disk: bool
+    quantisation: str | None  # the format of the experts in files and slots
 
 
 class Handle:
@@ -120,6 +122,7 @@ class Handle:
             },
             "memory": {
                 "expert_budget_bytes": self.budget.budget_bytes,
+                "expert_used_bytes": self.budget.used_bytes,
                 "expert_total_bytes": self.budget.expert_total_bytes,
                 "expert_floor_bytes": self.budget.floor_bytes,
                 "dense_bytes": self._dense_bytes,
@@ -131,6 +134,8 @@ class Handle:
                 "direct_reads": self.settings.direct_reads,
                 "holds_all_experts": self.settings.holds_all_experts,
                 "packed_on_disk": self.settings.packed_on_disk,
+                "quantisation": self.settings.quantisation,
+                "dequant": dequant_status() if self.settings.quantisation else None,
                 "expert_slots": self._slot_kind(),
                 "unpack": unpack_status() if self.settings.packed_on_disk else None,
                 "experts": self._expert_paths(),
@@ -146,11 +151,12 @@ class Handle:
         where = "all" if budget.holds_all else f"{budget.num_slots}"
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
         packed = "packed " if self.settings.packed_on_disk else ""
+        stored = f", {self.settings.quantisation}" if self.settings.quantisation else ""
         kept = f"of {self._slot_kind()} slots " if self.settings.packed_on_disk else ""
         return (
             f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
-            f"({format_bytes(budget.expert_total_bytes)}) {packed}on disk, {where} at a time in "
-            f"{format_bytes(budget.used_bytes)} {kept}on {self._device} "
+            f"({format_bytes(budget.expert_total_bytes)}{stored}) {packed}on disk, "
+            f"{where} at a time in {format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
             + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
         )
@@ -165,7 +171,7 @@ class Handle:
         if self._is_restored:
             return
         needed = sum(
-            site.num_experts * self.engine.tensor_map.layers[layer].layout.weight_bytes
+            site.num_experts * self.engine.tensor_map.layers[layer].computed.weight_bytes
             for layer, site in enumerate(self._sites)
         )
         needed += self._mapped_bytes

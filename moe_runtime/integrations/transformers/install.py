@@ -22,6 +22,8 @@ from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.packed_slots import PackedSlots
+from moe_runtime.memory.scaled_layer import is_scaled, scaled_layer
+from moe_runtime.memory.scaled_slots import ScaledSlots
 from moe_runtime.memory.slots import Slots, allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
@@ -73,14 +75,12 @@ def build_tensor_map(
                 else [phases[name] for name in names]
             )
         has_phases = any(map(any, expert_phases.values()))
-        layers.append(
-            LayerExperts(
-                site.num_experts,
-                ExpertLayout.pack(packed, with_phases=has_phases),
-                parameters,
-                expert_phases if has_phases else {},
-            )
-        )
+        expert_phases = expert_phases if has_phases else {}
+        if any(map(is_scaled, parameters.values())):
+            layers.append(scaled_layer(site.num_experts, packed, parameters, expert_phases))
+            continue
+        layout = ExpertLayout.pack(packed, with_phases=has_phases)
+        layers.append(LayerExperts(site.num_experts, layout, parameters, expert_phases))
     return TensorMap(layers)
 
 
@@ -94,7 +94,7 @@ def loaded_phase(assembly: Assembly, dtype: torch.dtype) -> int:
     is_view = (
         len(assembly.boxes) == 1
         and box.stride == row_major(assembly.shape)
-        and TORCH_DTYPES[box.source.dtype] == dtype
+        and TORCH_DTYPES.get(box.source.dtype) == dtype
     )
     return (box.source.offset + box.offset * dtype.itemsize) % ALIGNMENT_BYTES if is_view else 0
 
@@ -117,23 +117,20 @@ def install(
     eviction = make_policy(policy, tensor_map)
     reader = DiskReader(tensor_map.files(), direct=direct)
     try:
-        slots: Slots = (
-            allocate_slots(budget.num_slots, budget.slot_bytes, device)
-            if budget.kind.packed is None
-            else PackedSlots(budget.num_slots, budget.slot_bytes, tensor_map.slot_bytes)
-        )
+        slots = _slots(budget, tensor_map, device)
     except BaseException:
         reader.close()
         raise
-    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=budget.kind.packed)
-    dtype = tensor_map.layers[0].layout.parameters[0].dtype
+    blobs = budget.kind.packed or budget.kind.scaled
+    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=blobs)
     settings = Settings(
         policy=eviction.name,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(tensor_map.dtype).removeprefix("torch."),
         device=str(device),
         direct_reads=reader.is_direct,
         holds_all_experts=budget.holds_all,
         packed_on_disk=tensor_map.is_packed,
+        quantisation=", ".join(tensor_map.formats()) or None,
     )
     return Handle(
         root,
@@ -147,6 +144,15 @@ def install(
         device=device,
         spill_folder=spill_folder,
     )
+
+
+def _slots(budget: Budget, tensor_map: TensorMap, device: torch.device) -> Slots:
+    kind = budget.kind
+    if kind.scaled is not None:
+        return ScaledSlots(budget.num_slots, budget.slot_bytes, kind.scaled.computed_bytes)
+    if kind.packed is not None:
+        return PackedSlots(budget.num_slots, budget.slot_bytes, tensor_map.slot_bytes)
+    return allocate_slots(budget.num_slots, budget.slot_bytes, device)
 
 
 def dense_bytes_of(root: nn.Module, sites: Sequence[ExpertSite]) -> int:

@@ -4,6 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,18 @@ from moe_runtime.integrations.transformers.install import (
     install,
 )
 from moe_runtime.integrations.transformers.linears import speed_up_linears
-from moe_runtime.integrations.transformers.resolve import resolve_model
+from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.mapped_tensor import MappedTensor
-from moe_runtime.memory.read_tensor import read_tensor
-from moe_runtime.memory.safetensors_header import FileTensor
+from moe_runtime.memory.read_tensor import read_scaled, read_tensor
+from moe_runtime.memory.scaled_tensor import ScaledTensor
 from moe_runtime.memory.tensor_map import TensorMap
 
 logger = logging.getLogger("moe_runtime")
-
-# Arguments of from_pretrained that mean the same here. What is neither here, nor an argument of
-# load(), nor an attribute of the model's config raises: nothing is swallowed.
-_PASSED_ON = frozenset(
-    {
-        "attn_implementation", "config", "dtype", "generation_config", "key_mapping",
-        "output_loading_info", "torch_dtype",
-    }
-)  # fmt: skip
 
 
 def load(
@@ -70,6 +62,8 @@ def load(
     bypass the page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay
     so in memory, where a third more of them fit, and be unpacked at each use: `expert_slots` is
     'packed', 'unpacked', or 'auto', which is 'unpacked' unless only packed ones fit.
+    Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory, and one at a time is
+    dequantised when it is used; its other fp8 weights take the model's dtype while loading.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
@@ -78,8 +72,8 @@ def load(
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
-    files), UnsupportedModelError (no experts, quantised, unknown family) and TypeError (unknown
-    argument).
+    files), UnsupportedModelError (no experts, otherwise quantised, unknown family) and TypeError
+    (unknown argument).
     """
     check_policy(policy)
     if exact and linears:
@@ -99,7 +93,7 @@ def load(
         trust_remote_code=trust_remote_code,
     )
     _refuse_unknown(from_pretrained_kwargs, resolved.config)
-    checkpoint = Checkpoint.open(resolved.folder)
+    checkpoint = resolved.open_checkpoint()
     plan = _Plan(checkpoint, memory, max_memory, device, expert_slots, exact=exact)
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
     wants_info = from_pretrained_kwargs.pop("output_loading_info", False)
@@ -109,7 +103,7 @@ def load(
             local_files_only=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            **from_pretrained_kwargs,
+            **resolved.model_arguments(from_pretrained_kwargs),
         )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -179,6 +173,7 @@ class _Plan:
         self.made: _Made | None = None
         self.mapped: dict[str, MappedTensor] = {}  # by name, as they are read
         self._shapes: dict[str, list[int]] = {}
+        self._scaled_dtypes: Mapping[str, torch.dtype] = {}
         self._checkpoint = checkpoint
         self._memory = memory
         self._max_memory = max_memory
@@ -201,17 +196,24 @@ class _Plan:
         maths = choose_maths(found.sites, found.dtypes, self._device, exact=self._exact)
         for site in found.sites:
             _empty(site)
+        self._scaled_dtypes = found.scaled_dtypes
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
         self.made = _Made(found.sites, maths, found.tensor_map, budget, found.dense_bytes)
         lookups = () if accelerated else found.lookup_names
         return {
-            name: _LazyTensor(self._checkpoint[name], self._map if name in lookups else read_tensor)
+            name: _LazyTensor(partial(self._map if name in lookups else self._read, name))
             for name in found.dense_names
         }
 
-    def _map(self, place: FileTensor) -> torch.Tensor:
-        self.mapped[place.name] = MappedTensor(place)
-        return self.mapped[place.name].tensor
+    def _read(self, name: str) -> torch.Tensor:
+        place = self._checkpoint[name]
+        if not isinstance(place, ScaledTensor):
+            return read_tensor(place)
+        return read_scaled(place, self._scaled_dtypes.get(name, torch.float32))
+
+    def _map(self, name: str) -> torch.Tensor:
+        self.mapped[name] = MappedTensor(self._checkpoint[name])
+        return self.mapped[name].tensor
 
     def misshapen(self) -> str:
         """The first tensor that does not fit the model, if that shows before conversion."""
@@ -224,12 +226,11 @@ class _Plan:
 class _LazyTensor:
     """What transformers' loader asks for: `tensor[...]` reads it."""
 
-    def __init__(self, place: FileTensor, read: Callable[[FileTensor], torch.Tensor]) -> None:
-        self._place = place
+    def __init__(self, read: Callable[[], torch.Tensor]) -> None:
         self._read = read
 
     def __getitem__(self, index: object) -> torch.Tensor:
-        return self._read(self._place)
+        return self._read()
 
 
 def _empty(site: ExpertSite) -> None:
@@ -293,10 +294,15 @@ def _refuse_unknown(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None
             "experts_implementation has no effect on offloaded experts; leave it out "
             "(exact=True gives the outputs of 'eager')"
         )
+    if "quantization_config" in kwargs:
+        raise TypeError(
+            "quantization_config has no effect: quantised experts stay as the checkpoint has them; "
+            "leave it out"
+        )
     ours = set(inspect.signature(load).parameters) - {"from_pretrained_kwargs"}
     for name in kwargs:
-        if name not in _PASSED_ON and not hasattr(config, name):
+        if name not in ARGUMENTS and not hasattr(config, name):
             raise TypeError(
                 f"load() got an unknown argument {name!r}; it takes "
-                f"{', '.join(sorted(ours | _PASSED_ON))} and attributes of {type(config).__name__}"
+                f"{', '.join(sorted(ours | ARGUMENTS))} and attributes of {type(config).__name__}"
             )

@@ -52,8 +52,14 @@ def pack_model(
     resolved = resolve_model(model, revision=revision, trust_remote_code=trust_remote_code)
     if is_packed(resolved.folder):
         raise UnsupportedModelError(f"{model} is packed already; moe-runtime unpack restores it")
-    checkpoint = Checkpoint.open(resolved.folder)
+    checkpoint = resolved.open_checkpoint()
     survey = survey_checkpoint(resolved, checkpoint, trust_remote_code=trust_remote_code)
+    if survey.tensor_map.is_scaled:
+        raise UnsupportedModelError(
+            f"the experts of {model} are quantised ({', '.join(survey.tensor_map.formats())}), and "
+            "packing works on the exponents of bfloat16 alone: there is nothing to pack; load the "
+            "model as it is"
+        )
     rows = expert_rows(survey.tensor_map)
     if not rows:
         raise UnsupportedModelError(

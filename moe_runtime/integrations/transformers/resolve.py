@@ -1,7 +1,9 @@
 """Finds a model's folder and config, on disk or through the hub's cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -13,9 +15,25 @@ from huggingface_hub.errors import (
 from transformers import AutoConfig, PreTrainedConfig, __version__
 
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
+from moe_runtime.integrations.transformers.quantisation import (
+    Quantisation,
+    plain_config,
+    quantisation_of,
+    weights_of,
+)
+from moe_runtime.memory.checkpoint import Checkpoint
 
 # Everything a model needs but weights in other formats, which can be as large again.
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py", "*.tiktoken")
+
+# Arguments of from_pretrained that mean the same in load(). What is neither here, nor an argument
+# of load(), nor an attribute of the model's config raises: nothing is swallowed.
+ARGUMENTS = frozenset(
+    {
+        "attn_implementation", "config", "dtype", "generation_config", "key_mapping",
+        "output_loading_info", "torch_dtype",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +42,22 @@ class ResolvedModel:
 
     folder: Path
     config: PreTrainedConfig
+    quantisation: Quantisation | None
+
+    def open_checkpoint(self) -> Checkpoint:
+        """The weights by name: where they are quantised, what their values and scales stand for."""
+        return weights_of(Checkpoint.open(self.folder), self.quantisation)
+
+    def model_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `from_pretrained` must get to build the plain model, quantised or not.
+
+        `given` are its arguments, and attributes of the config that are to be changed.
+        """
+        if self.quantisation is None:
+            return dict(given)
+        changes = {k: v for k, v in given.items() if k not in ARGUMENTS and hasattr(self.config, k)}
+        config = plain_config(given.get("config") or self.config, changes)
+        return {k: v for k, v in given.items() if k not in changes} | {"config": config}
 
 
 def resolve_model(
@@ -64,12 +98,7 @@ def resolve_model(
             f"{folder / 'config.json'} is not a config that transformers {__version__} knows "
             f"({reason}); check it, or update transformers"
         ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModelError(
-            f"{model} is quantised ({_quantisation(config)}), which is not supported yet; use its "
-            "bfloat16, float16 or float32 checkpoint"
-        )
-    return ResolvedModel(folder, config)
+    return ResolvedModel(folder, config, quantisation_of(config, str(model)))
 
 
 def _download(
@@ -103,9 +132,3 @@ def _download(
         raise CheckpointError(
             f"{model!r} cannot be downloaded: {str(error).splitlines()[0]}"
         ) from error
-
-
-def _quantisation(config: PreTrainedConfig) -> str:
-    settings = config.quantization_config
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    return str(method or getattr(settings, "quant_method", "unknown method"))

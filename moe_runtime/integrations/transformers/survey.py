@@ -24,6 +24,7 @@ from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.layout import TORCH_DTYPES
 from moe_runtime.memory.mapped_tensor import can_map
+from moe_runtime.memory.scaled_tensor import ScaledTensor
 from moe_runtime.memory.tensor_map import TensorMap
 
 
@@ -36,6 +37,7 @@ class Survey:
     tensor_map: TensorMap
     dtypes: Mapping[str, torch.dtype]  # of the experts' tensors, by full name
     dense_names: list[str]  # tensors of the checkpoint that are not experts
+    scaled_dtypes: Mapping[str, torch.dtype]  # what becomes of those that are quantised
     dense_bytes: int
     lookup_names: list[str]  # those of which a token uses one row, as they are in the file
     lookup_bytes: int
@@ -53,6 +55,9 @@ def survey(model: PreTrainedModel, load_config: Any, checkpoint: Checkpoint) -> 
     names = [n for s in sites for p in s.parameters for n in s.tensor_names(p.name)]
     places, dense_names = assemble(model, load_config.weight_mapping or [], checkpoint, names)
     dtypes = _load_dtypes(model, names, load_config.dtype_plan or {})
+    parameters = dict(model.named_parameters())
+    scaled = [n for n in dense_names if isinstance(checkpoint[n], ScaledTensor) and n in parameters]
+    scaled_dtypes = _load_dtypes(model, scaled, load_config.dtype_plan or {})
     phases = {name: loaded_phase(places[name], dtypes[name]) for name in names}
     tensor_map = build_tensor_map(sites, places, dtypes, phases)
     lookups = _lookups(model, dense_names, checkpoint)
@@ -62,6 +67,7 @@ def survey(model: PreTrainedModel, load_config: Any, checkpoint: Checkpoint) -> 
         tensor_map,
         dtypes,
         dense_names,
+        scaled_dtypes,
         dense_bytes_of(model, sites),
         list(lookups),
         sum(lookups.values()),
@@ -86,7 +92,7 @@ def survey_checkpoint(
             resolved.folder,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
-            dtype=dtype,
+            **resolved.model_arguments({"dtype": dtype}),
         )
     except _WeightsAreNext as reached:
         return reached.survey
