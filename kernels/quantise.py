@@ -14,8 +14,8 @@ INT4_GROUP = 32  # weights of a row that share a scale
 def quantise(w_NK: torch.Tensor, dtype: QuantisedDtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and scales as `slot_weights.py` has them, of one slot.
 
-    int8: `[N, K]` and float32 `[N]`, the row's greatest magnitude over 127. int4: uint8 `[N, K / 2]`
-    and bfloat16 `[N, K / 32]`, the group's greatest over 7, rounded. Values are the quotients,
+    int8: `[N, K]` and float32 `[N]`, the greatest magnitude of the row over 127. int4: uint8
+    `[N, K / 2]` and bfloat16 `[N, K / 32]`, the greatest of the group over 7. Values are quotients,
     half to even. What is not finite makes its scale NaN, so that it shows. Example, int8: the row
     (1, -0.5) has scale 1 / 127 and values 127 and -64 (-63.5).
     """

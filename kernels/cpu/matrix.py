@@ -2,14 +2,14 @@
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 
 from moe_runtime.kernels.packed_blocks import HEADER_BYTES, MAGIC, index_entries, row_bytes
-from moe_runtime.kernels.quantise import INT4_GROUP
+from moe_runtime.kernels.quantise import INT4_GROUP, QuantisedDtype
 
 # N rows and K columns of the matrix, n rows of a part
 
@@ -21,6 +21,9 @@ class Form(IntEnum):
     PACKED = 1
     INT8 = 2
     INT4 = 3
+
+
+FORMS: Mapping[QuantisedDtype, Form] = {"int8": Form.INT8, "int4": Form.INT4}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -313,5 +313,7 @@ def test_matrices_of_other_shapes_are_refused() -> None:
     layer = Layer(BF16, [1])
     up: list[Weight] = [packed(layer.up[0][:-1])]
     step = layer.begin(kernel, Gate.SILU)
-    with pytest.raises(ValueError, match=r"up must be a bfloat16 matrix \[96, 64\], got \[95, 64\]"):
+    with pytest.raises(
+        ValueError, match=r"up must be a bfloat16 matrix \[96, 64\], got \[95, 64\]"
+    ):
         step.run(up, [packed(layer.down[0])], layer.rows, is_last=True)
