@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.integrations.transformers.budget import slot_kinds, smallest_bytes
+import torch
+
+from moe_runtime.integrations.transformers.budget import SlotKind, slot_kinds, smallest_bytes
+from moe_runtime.integrations.transformers.choice import choose_maths, computes_compact
 from moe_runtime.integrations.transformers.kv_cache import KVCache, measure_kv_cache
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.integrations.transformers.survey import Survey, survey_checkpoint
@@ -89,7 +92,7 @@ def inspect_model(
         expert_total_bytes=tensor_map.num_experts * tensor_map.slot_bytes,
         dense_bytes=found.dense_bytes,
         lookup_bytes=found.lookup_bytes,
-        floor_bytes=smallest_bytes(slot_kinds(tensor_map), found.sites),
+        floor_bytes=smallest_bytes(_slot_kinds(found), found.sites),
         hitting_bytes=_hitting_bytes(found),
         kv_cache=measure_kv_cache(found),
         context_tokens=getattr(text_config, "max_position_embeddings", None),
@@ -98,6 +101,14 @@ def inspect_model(
         packed_expert_bytes=_packed_bytes(checkpoint),
         expert_layout=_expert_layout(tensor_map.layers),
     )
+
+
+def _slot_kinds(found: Survey) -> list[SlotKind]:
+    """What slots may hold under 'auto'."""
+    if not found.tensor_map.is_packed:
+        return slot_kinds(found.tensor_map, computes_compact=False)
+    maths = choose_maths(found.sites, found.dtypes, torch.device("cpu"), exact=False)
+    return slot_kinds(found.tensor_map, computes_compact=computes_compact(maths))
 
 
 def _hitting_bytes(found: Survey) -> int:

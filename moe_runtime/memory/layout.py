@@ -1,12 +1,13 @@
 """How one expert's parameters stand in one contiguous blob."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from moe_runtime.memory.packing import PackedBlock
+from moe_runtime.kernels.cpu.matrix import Matrix
 
 # A cache line. CPU matrix kernels may sum in another order on weights that stand elsewhere in one,
 # so a weight's phase, its address modulo this, is part of what the unmodified model computes.
@@ -31,43 +32,33 @@ class ParameterSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class BlockPlace:
-    """A block at `offset` of a packed blob, which unpacks to `target_offset` of the plain one."""
+class CompactBlob(Protocol):
+    """How an expert stands in a blob that holds it packed or quantised."""
 
-    offset: int
-    target_offset: int
-    block: PackedBlock
+    @property
+    def num_bytes(self) -> int: ...
 
+    def matrices(
+        self, parameters: Sequence[ParameterSpec], blob: torch.Tensor
+    ) -> dict[str, Matrix]:
+        """The weight matrices in `blob` (uint8), by name, as a kernel reads them there."""
 
-@dataclass(frozen=True, slots=True)
-class BytePlace:
-    """`num_bytes` at `offset` of a packed blob that are the bytes at `target_offset`."""
-
-    offset: int
-    target_offset: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBlob:
-    """How an expert stands in a blob that holds it packed."""
-
-    blocks: tuple[BlockPlace, ...]
-    plain: tuple[BytePlace, ...]
-    num_bytes: int
+    def expander(
+        self, parameters: Sequence[ParameterSpec], blob: torch.Tensor, plain: torch.Tensor
+    ) -> Callable[[], None]:
+        """What writes all parameters to `plain` as they compute elsewhere; may be called again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
     """The parameters of one expert in blob order (gate|up, down, biases ...).
 
-    With `packed`, a slot holds that blob, and `parameters` tell of what it unpacks to.
+    With `compact`, a slot holds that blob, and `parameters` tell of what it stands for.
     """
 
     parameters: tuple[ParameterSpec, ...]
     num_bytes: int  # of the plain blob, with alignment
-    packed: PackedBlob | None = None
+    compact: CompactBlob | None = None
 
     @classmethod
     def pack(

@@ -138,7 +138,7 @@ class Handle:
         }
 
     def _slot_kind(self) -> str:
-        return "unpacked" if self.budget.kind.packed is None else "packed"
+        return self.budget.kind.name
 
     def placement(self) -> str:
         """One line: what lives where."""

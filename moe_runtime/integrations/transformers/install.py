@@ -18,10 +18,10 @@ from moe_runtime.integrations.transformers.handle import Handle, Settings
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.assembly import Assembly, row_major, stack
+from moe_runtime.memory.compact_slots import CompactSlots
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
 from moe_runtime.memory.mapped_tensor import MappedTensor
-from moe_runtime.memory.packed_slots import PackedSlots
 from moe_runtime.memory.slots import Slots, allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
@@ -119,13 +119,13 @@ def install(
     try:
         slots: Slots = (
             allocate_slots(budget.num_slots, budget.slot_bytes, device)
-            if budget.kind.packed is None
-            else PackedSlots(budget.num_slots, budget.slot_bytes, tensor_map.slot_bytes)
+            if budget.kind.blobs is None
+            else CompactSlots(budget.num_slots, budget.slot_bytes, budget.kind.room_bytes)
         )
     except BaseException:
         reader.close()
         raise
-    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=budget.kind.packed)
+    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=budget.kind.blobs)
     dtype = tensor_map.layers[0].layout.parameters[0].dtype
     settings = Settings(
         policy=eviction.name,
