@@ -38,6 +38,7 @@ class GenerationRequest:
     expert_memory: str = "auto"
     policy: str = "lru"
     expert_slots: str = "auto"
+    expert_dtype: str = "auto"
     page_cache: bool = False
     exact: bool = False
     linears: bool = False
@@ -202,6 +203,7 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
         expert_memory=request.expert_memory,
         policy=request.policy,
         expert_slots=request.expert_slots,
+        expert_dtype=request.expert_dtype,
         page_cache=request.page_cache,
         exact=request.exact,
         linears=request.linears,
@@ -256,7 +258,7 @@ def _check(
         is_greedy = request.decoding.temperature == 0 and not request.decoding.stop
         if reference.effective_dtype != "float32" or not is_greedy:
             completions = _greedy_in_float32(request, resolved, tokenizer, completions, report)
-        return check_fast_parity(completions, forced, reference)
+        return check_fast_parity(completions, forced, reference, expert_dtype=request.expert_dtype)
 
 
 @contextmanager
@@ -280,8 +282,9 @@ def _greedy_in_float32(
     wide = replace(
         request,
         dtype="float32",
-        expert_memory=str(2 * report["cache"]["slots"] * report["cache"]["slot_bytes"]),
+        expert_memory=str(2 * report["cache"]["slots"] * report["memory"]["expert_bytes"]),
         expert_slots="auto",
+        expert_dtype="auto",  # rounds bfloat16 weights alone; the logits below are judged with it
         max_memory=None,
         check=False,
     )

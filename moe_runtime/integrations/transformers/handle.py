@@ -29,6 +29,7 @@ from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
+from moe_runtime.memory.quantised_map import QuantisedMap
 
 _ATTRIBUTE = "_moe_runtime_handle"
 
@@ -121,6 +122,7 @@ class Handle:
             "memory": {
                 "expert_budget_bytes": self.budget.budget_bytes,
                 "expert_total_bytes": self.budget.expert_total_bytes,
+                "expert_bytes": self.budget.expert_total_bytes // self.budget.num_experts,
                 "expert_floor_bytes": self.budget.floor_bytes,
                 "dense_bytes": self._dense_bytes,
                 "mapped_bytes": self._mapped_bytes,
@@ -131,14 +133,11 @@ class Handle:
                 "direct_reads": self.settings.direct_reads,
                 "holds_all_experts": self.settings.holds_all_experts,
                 "packed_on_disk": self.settings.packed_on_disk,
-                "expert_slots": self._slot_kind(),
+                "expert_slots": self.budget.kind.name,
                 "unpack": unpack_status() if self.settings.packed_on_disk else None,
                 "experts": self._expert_paths(),
             },
         }
-
-    def _slot_kind(self) -> str:
-        return self.budget.kind.name
 
     def placement(self) -> str:
         """One line: what lives where."""
@@ -146,7 +145,9 @@ class Handle:
         where = "all" if budget.holds_all else f"{budget.num_slots}"
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
         packed = "packed " if self.settings.packed_on_disk else ""
-        kept = f"of {self._slot_kind()} slots " if self.settings.packed_on_disk else ""
+        kind = self.budget.kind
+        is_worth_saying = self.settings.packed_on_disk or kind.blobs is not None
+        kept = f"of {kind.name} slots " if is_worth_saying else ""
         return (
             f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
             f"({format_bytes(budget.expert_total_bytes)}) {packed}on disk, {where} at a time in "
@@ -164,6 +165,11 @@ class Handle:
         """
         if self._is_restored:
             return
+        if isinstance(self.budget.kind.blobs, QuantisedMap):
+            raise OffloadedExpertsError(
+                f"experts that were rounded to {self.budget.kind.name} cannot be restored; "
+                "load the model again without expert_dtype"
+            )
         needed = sum(
             site.num_experts * self.engine.tensor_map.layers[layer].layout.weight_bytes
             for layer, site in enumerate(self._sites)
@@ -210,7 +216,9 @@ class Handle:
             return "module list"
         maths = [module._math for module in fused if isinstance(module, OffloadedExperts)]
         paths = ("torch, family's forward" if math is None else math.path for math in maths)
-        return "; ".join(dict.fromkeys(paths))
+        names = "; ".join(dict.fromkeys(paths))
+        kind = self.budget.kind
+        return names if kind.blobs is None else f"{names}, from {kind.name} slots"
 
     def _attach(self, layer: int, site: ExpertSite, math: LayerMath | None) -> None:
         slot_like = torch.empty(0, dtype=site.parameters[0].dtype, device=self._device)
