@@ -9,7 +9,7 @@ from enum import IntEnum
 import torch
 
 from moe_runtime.kernels.packed_blocks import HEADER_BYTES, MAGIC, index_entries, row_bytes
-from moe_runtime.kernels.quantise import INT4_GROUP, QuantisedDtype
+from moe_runtime.kernels.quantise import QuantisedDtype, int4_groups
 
 # N rows and K columns of the matrix, n rows of a part
 
@@ -35,7 +35,7 @@ class Part:
     | PLAIN | bfloat16 `[n, K]` | none | value |
     | PACKED | uint8, a block that was checked | none | what unpacking gives |
     | INT8 | int8 `[n, K]` | float32 `[n]` | value * scale |
-    | INT4 | uint8 `[n, K / 2]` | bfloat16 `[n, K / 32]` | (code - 8) * scale |
+    | INT4 | uint8 `[n, K / 2]` | bfloat16 `[n, ceil(K / 32)]` | (code - 8) * scale |
     """
 
     form: Form
@@ -104,9 +104,9 @@ def _check(part: Part, K: int) -> None:
     values: tuple[torch.dtype, int]
     scales: tuple[torch.dtype, tuple[int, ...]] | None = None
     if part.form is Form.INT4:
-        if K % INT4_GROUP:
-            raise ValueError(f"int4 rows of {K} weights: {INT4_GROUP} must divide them")
-        values, scales = (torch.uint8, K // 2), (torch.bfloat16, (n, K // INT4_GROUP))
+        if K % 2:
+            raise ValueError(f"int4 rows have an even number of weights, got {K}")
+        values, scales = (torch.uint8, K // 2), (torch.bfloat16, (n, int4_groups(K)))
     elif part.form is Form.INT8:
         values, scales = (torch.int8, K), (torch.float32, (n,))
     else:

@@ -61,23 +61,41 @@ INLINE void int8_rows(const uint16_t *w, int64_t num_rows, int64_t num_columns, 
     }
 }
 
+/* The codes of a group; returns its scale. */
+INLINE uint16_t int4_group(const uint16_t *w, uint8_t *values) {
+    const uint16_t largest = largest_of(w, GROUP);
+    const int is_finite = largest < NOT_FINITE;
+    const uint32_t bits = bits_of(of_bits((uint32_t)largest << 16) / 7.0f);
+    const uint16_t scale = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const float step = of_bits((uint32_t)scale << 16);
+    uint32_t pairs[GROUP / 2]; /* an even weight below an odd one */
+    memcpy(pairs, w, sizeof pairs);
+    for (int i = 0; i < GROUP / 2; i++) {
+        const int32_t even = code_of(of_bits(pairs[i] << 16), step, 7.0f) + 8;
+        const int32_t odd = code_of(of_bits(pairs[i] & 0xffff0000), step, 7.0f) + 8;
+        values[i] = is_finite ? (uint8_t)(even | odd << 4) : 0x88;
+    }
+    return is_finite ? scale : 0x7fc0;
+}
+
 INLINE void int4_rows(const uint16_t *w, int64_t num_rows, int64_t num_columns, uint8_t *values,
                       uint16_t *scales) {
-    for (int64_t g = 0; g < num_rows * (num_columns / GROUP); g++, w += GROUP) {
-        const uint16_t largest = largest_of(w, GROUP);
-        const int is_finite = largest < NOT_FINITE;
-        const uint32_t bits = bits_of(of_bits((uint32_t)largest << 16) / 7.0f);
-        const uint16_t scale = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-        scales[g] = is_finite ? scale : 0x7fc0;
-        const float step = of_bits((uint32_t)scale << 16);
-        uint32_t pairs[GROUP / 2]; /* an even weight below an odd one */
-        memcpy(pairs, w, sizeof pairs);
-        for (int i = 0; i < GROUP / 2; i++) {
-            const int32_t even = code_of(of_bits(pairs[i] << 16), step, 7.0f) + 8;
-            const int32_t odd = code_of(of_bits(pairs[i] & 0xffff0000), step, 7.0f) + 8;
-            values[i] = is_finite ? (uint8_t)(even | odd << 4) : 0x88;
+    const int64_t rest = num_columns % GROUP;
+    for (int64_t r = 0; r < num_rows; r++) {
+        for (int64_t k = 0; k + GROUP <= num_columns; k += GROUP) {
+            *scales++ = int4_group(w, values);
+            w += GROUP;
+            values += GROUP / 2;
         }
-        values += GROUP / 2;
+        if (rest) {
+            uint16_t last[GROUP] = {0};
+            uint8_t codes[GROUP / 2];
+            memcpy(last, w, (size_t)(2 * rest));
+            *scales++ = int4_group(last, codes);
+            memcpy(values, codes, (size_t)(rest / 2));
+            w += rest;
+            values += rest / 2;
+        }
     }
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moe_runtime.kernels.cpu.library import open_library
-from moe_runtime.kernels.quantise import INT4_GROUP, QuantisedDtype, quantise
+from moe_runtime.kernels.quantise import QuantisedDtype, int4_groups, quantise
 
 # N rows and K columns
 
@@ -37,7 +37,7 @@ def load_quantiser(folder: Path = Path(__file__).parent) -> Quantiser:
         w_NK: torch.Tensor, dtype: QuantisedDtype, values: torch.Tensor, scales: torch.Tensor
     ) -> None:
         N, K = w_NK.shape
-        bits, num_scales = (8, N) if dtype == "int8" else (4, N * (K // INT4_GROUP))
+        bits, num_scales = (8, N) if dtype == "int8" else (4, N * int4_groups(K))
         sizes = (2 * N * K, N * K * bits // 8, num_scales * (4 if dtype == "int8" else 2))
         tensors = (w_NK, values, scales)
         if not all(

@@ -17,13 +17,14 @@ enum dtype { BF16 = 0, F16 = 1, F32 = 2 };
 
 /* How weights stand in memory. PLAIN ones have the dtype of x. All others go with bf16 x: PACKED
  * rows are those of a block (packed_row.h); INT8 ones have a scale each; of INT4 ones, code minus 8,
- * GROUP of a row share one, and the low half of a byte is the even column's. */
+ * GROUP of a row share one, of which the last may be fewer, and the low half of a byte is the even
+ * column's. */
 enum form { PLAIN = 0, PACKED = 1, INT8 = 2, INT4 = 3 };
 
 /* Rows of a matrix that lie behind each other. */
 struct moe_part {
     const void *rows;   /* the first of them; of PACKED ones, their block */
-    const void *scales; /* INT8: float [num_rows]; INT4: bf16 [num_rows, num_columns / GROUP] */
+    const void *scales; /* INT8: float [num_rows]; INT4: bf16, one a group */
     int64_t num_rows, form;
 };
 
@@ -49,6 +50,7 @@ struct tokens {
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")))
 
 INLINE int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
+INLINE int64_t int4_scale_bytes(int64_t num_columns) { return (num_columns + GROUP - 1) / GROUP * 2; }
 
 /* ---- Loads: STEP elements of a row as two vectors. bf16 becomes float32 by a shift, so that the
  * two vectors hold the even and the odd elements; of x and of quantised weights they do too. ---- */
@@ -173,7 +175,7 @@ TARGET_AVX512F INLINE float total_int8_avx512(__m512 a, __m512 b) {
                                     const char *const *xs, float *const *ys, int64_t row,         \
                                     const int m, const int n) {                                   \
         const char *const w2 = w + num_columns * (W_BITS) / 8;                                    \
-        const char *const s2 = s + num_columns / GROUP * 2;                                       \
+        const char *const s2 = s + int4_scale_bytes(num_columns);                                 \
         const char *x[TOKENS];                                                                    \
         VECTOR a[TOKENS], b[TOKENS], a2[TOKENS], b2[TOKENS];                                      \
         UNROLL for (int j = 0; j < n; j++) x[j] = xs[j];                                          \
@@ -230,7 +232,8 @@ TARGET_AVX512F INLINE float total_int8_avx512(__m512 a, __m512 b) {
     }                                                                                             \
     TARGET static void NAME(const char *w, const char *s, int64_t num_rows, int64_t num_columns,  \
                             const struct tokens *tokens, int num) {                               \
-        const int64_t row_bytes = num_columns * (W_BITS) / 8, scales = num_columns / GROUP * 2;   \
+        const int64_t row_bytes = num_columns * (W_BITS) / 8;                                     \
+        const int64_t scales = int4_scale_bytes(num_columns);                                     \
         int64_t row = 0;                                                                          \
         if (num > FEW_TOKENS)                                                                     \
             for (; row + (MANY_ROWS) <= num_rows; row += (MANY_ROWS))                             \
@@ -395,7 +398,7 @@ static void multiply_rows(int level, int dtype, const struct moe_part *part, int
     }
     const char *const rows = part->rows, *const scales = part->scales;
     const int64_t row_bytes = bytes_of_row(dtype, part->form, num_columns);
-    const int64_t scale_bytes = part->form == INT4 ? num_columns / GROUP * 2 : 0;
+    const int64_t scale_bytes = part->form == INT4 ? int4_scale_bytes(num_columns) : 0;
     dot_of(level, dtype, part->form)(rows + begin * row_bytes, scales + begin * scale_bytes,
                                      end - begin, num_columns, tokens, num);
     if (part->form != INT8) return;

@@ -1,4 +1,4 @@
-"""How many bits a model needs for a byte of text: the quality of a language model on given texts."""
+"""How many bits a language model needs for a byte of given texts: its quality."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_runtime.kernels.cpu.matrix import FORMS, Matrix, Part
-from moe_runtime.kernels.quantise import INT4_GROUP, QuantisedDtype, dequantise
+from moe_runtime.kernels.quantise import QuantisedDtype, dequantise, int4_groups
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, ParameterSpec
 
 
@@ -108,7 +108,7 @@ def values_bytes(num_columns: int, dtype: QuantisedDtype) -> int:
 
 def scales_bytes(num_columns: int, dtype: QuantisedDtype) -> int:
     """Bytes of the scales of a row."""
-    return 4 if dtype == "int8" else num_columns // INT4_GROUP * 2
+    return 4 if dtype == "int8" else int4_groups(num_columns) * 2
 
 
 def _aligned(num_bytes: int) -> int:

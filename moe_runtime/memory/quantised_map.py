@@ -8,7 +8,7 @@ import torch
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.expert import ExpertKey
-from moe_runtime.kernels.quantise import INT4_GROUP, QuantisedDtype
+from moe_runtime.kernels.quantise import QuantisedDtype
 from moe_runtime.memory.layout import ExpertLayout, ParameterSpec
 from moe_runtime.memory.quantised_blob import (
     QuantisedBlob,
@@ -119,10 +119,10 @@ def _require_rows(layout: ExpertLayout, dtype: QuantisedDtype) -> None:
                 f"expert_dtype={dtype!r} takes experts in bfloat16, and {spec.name} computes in "
                 f"{str(spec.dtype).removeprefix('torch.')}; leave expert_dtype or dtype out"
             )
-        if dtype == "int4" and len(spec.shape) == 2 and spec.shape[1] % INT4_GROUP:
+        if dtype == "int4" and len(spec.shape) == 2 and spec.shape[1] % 2:
             raise UnsupportedModelError(
-                f"expert_dtype='int4' has groups of {INT4_GROUP} weights, and rows of {spec.name} "
-                f"have {spec.shape[1]}; use expert_dtype='int8'"
+                f"expert_dtype='int4' holds weights in pairs, and rows of {spec.name} have "
+                f"{spec.shape[1]}; use expert_dtype='int8'"
             )
 
 
