@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from moe_runtime.errors import ProbeError
+from moe_runtime.expert_memory import format_bytes
 from moe_runtime.kernels.cpu.experts import CpuExperts, Gate, Weight
 from moe_runtime.kernels.cpu.matrix import FORMS, Form, Matrix, Part
 from moe_runtime.kernels.cpu.unpack import load_codec
@@ -17,6 +18,7 @@ from moe_runtime.kernels.packed_blocks import PADDING_BYTES
 from moe_runtime.kernels.quantise import QUANTISED_DTYPES, QuantisedDtype, quantise
 from moe_runtime.measure.bench.presets import Preset
 from moe_runtime.measure.spread import Spread
+from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.layout import ALIGNMENT_BYTES
 from moe_runtime.memory.packing import rows_per_block
 
@@ -93,8 +95,15 @@ class _Pool:
         number = max(_POOL_BYTES // (3 * dim * ffn * torch.bfloat16.itemsize), 2 * top_k)
         tensors = [t for parts, _ in matrices for part in parts for t in (part.rows, part.scales)]
         self.expert_bytes = sum(_room_of(t) for t in tensors if t is not None)
+        needed, free = number * self.expert_bytes, available_memory_bytes()
+        if needed > free // 2:
+            raise ProbeError(
+                f"{number} {form} experts of {format_bytes(self.expert_bytes)} and half of the "
+                f"{format_bytes(free)} that are free is allowed; end other programs, or choose "
+                "smaller shapes"
+            )
         # numpy's memory comes in huge pages, as the runtime's slots do.
-        self._memory = torch.from_numpy(np.empty(number * self.expert_bytes, dtype=np.uint8))
+        self._memory = torch.from_numpy(np.empty(needed, dtype=np.uint8))
         self._end = 0
         experts = [
             [_weight(form, [self._copy(part) for part in parts], k) for parts, k in matrices]
