@@ -10,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import moe_runtime
-from moe_runtime.errors import OffloadedExpertsError, UnsupportedModelError
+from moe_runtime.errors import ExpertReadError, OffloadedExpertsError, UnsupportedModelError
 from moe_runtime.integrations.transformers import fast
 from moe_runtime.integrations.transformers.pack import pack_model
 from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.kernels.quantise import QUANTISED_DTYPES, QuantisedDtype, dequantise, quantise
+from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.packing import PackedTensor
 from tests.command_line import run_here
 from tests.tiny_checkpoint import change_config, save_mixtral
 from tests.tiny_models import logits_of, prompt, tiny_model
@@ -148,6 +150,21 @@ def test_what_cannot_be_rounded_is_refused(saved: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "odd")
     with pytest.raises(UnsupportedModelError, match="rows of down_proj have 41; use expert_dtype"):
         load(tmp_path / "odd", "int4")
+
+
+def test_an_altered_packed_expert_is_refused(saved: Path, tmp_path: Path) -> None:
+    """Law: packed files are checked before their rows are rounded."""
+    packed = tmp_path / "packed"
+    pack_model(saved, packed)
+    (file,) = packed.glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    for tensor in Checkpoint.open(packed).values():
+        if isinstance(tensor, PackedTensor):
+            raw[tensor.packed_offset + 200] ^= 4
+    file.write_bytes(raw)
+    model = load(packed, "int8")
+    with pytest.raises(ExpertReadError, match=r"was altered: the checksum .* at offset \d+"):
+        model(torch.tensor([[7]]))
 
 
 def test_generate_says_that_it_is_lossy(capsys: Capsys, saved: Path) -> None:
