@@ -43,6 +43,7 @@ COMPILE = ["-std=c11", "-g0", "-fvisibility=hidden"]
 C_SOURCES = (
     ("kernels", "cpu", "gemv", ["-O2"]),
     ("kernels", "cpu", "experts", ["-O3", "-fno-trapping-math"]),
+    ("kernels", "cpu", "quantise", ["-O3", "-fno-trapping-math"]),
     ("kernels", "cpu", "unpack", ["-O2"]),
     ("kernels", "cpu", "dequant", ["-O2"]),
     ("placement", "native", "anneal", ["-O3"]),

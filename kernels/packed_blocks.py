@@ -24,8 +24,8 @@ ESCAPE = 15
 GROUP_WEIGHTS = 4096
 HEADER_BYTES = 64
 PADDING_BYTES = 64  # a sealed block is a multiple of this
+MAGIC = 0x3150524D  # "MRP1"
 
-_MAGIC = 0x3150524D
 _HEADER = struct.Struct("<QQIIII16s16x")
 _MASK = 2**64 - 1
 _KEY = (
@@ -113,7 +113,7 @@ class TorchCodec:
         starts = _starts(is_escape_NK)
         table = torch.zeros(16, dtype=torch.uint8)
         table[: len(frequent)] = frequent.to(torch.uint8)
-        header = _HEADER.pack(0, 0, _MAGIC, N, K, len(escapes), bytes(table.tolist()))
+        header = _HEADER.pack(0, 0, MAGIC, N, K, len(escapes), bytes(table.tolist()))
         index = struct.pack(f"<{len(starts)}I", *starts)
         return torch.cat(
             [_bytes(header), _with_codes(low_NK, code_NK).reshape(-1), _bytes(index), escapes]
@@ -161,7 +161,7 @@ class TorchCodec:
             unsealed[:8] = 0
             if self.checksum(unsealed) != checksum:
                 return ALTERED
-        if (magic, identity, rows, columns) != (_MAGIC, task.identity, N, K):
+        if (magic, identity, rows, columns) != (MAGIC, task.identity, N, K):
             return FOREIGN
         if task.weights is None:
             return INTACT

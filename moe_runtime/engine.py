@@ -1,7 +1,7 @@
 """Owns slots, cache and disk threads, and hands layers the experts they need."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.slots import Slots
 from moe_runtime.memory.tensor_map import Extent, TensorMap
 
-Weights = dict[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
 
 
 class BlobMap(Protocol):

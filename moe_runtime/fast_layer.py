@@ -1,12 +1,14 @@
 """The experts of one layer in one call of a kernel, fed from slots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from moe_runtime.kernels.cpu.experts import Weight
 from moe_runtime.layer import MAX_HELD_BYTES, Dispatch, ExpertAccess, ExpertMath, run_experts
+from moe_runtime.memory.compact_slots import CompactWeights
 
 # T tokens, D model dim, R rows of all experts, n of one
 
@@ -19,8 +21,8 @@ class KernelStep(Protocol):
 
     def run(
         self,
-        up: Sequence[torch.Tensor],
-        down: Sequence[torch.Tensor],
+        up: Sequence[Weight],
+        down: Sequence[Weight],
         rows: Sequence[tuple[int, int]],
         *,
         is_last: bool,
@@ -86,7 +88,9 @@ class FastMath:
         is_last: bool,
     ) -> torch.Tensor | None:
         """Compute the experts of `group`, which are released; the layer's output if `is_last`."""
-        few, up, down = [], [], []
+        few: list[tuple[int, int]] = []
+        up: list[Weight] = []
+        down: list[Weight] = []
         for i in group:
             weights = access.weights(dispatch.experts[i])
             if dispatch.num_rows(i) > MAX_KERNEL_ROWS:
@@ -94,8 +98,11 @@ class FastMath:
                 step.put(dispatch.bounds[i], self.torch_math(x_nD, weights))
                 continue
             few.append((dispatch.bounds[i], dispatch.bounds[i + 1]))
-            up.append(weights[self.torch_math.up_name])
-            down.append(weights["down_proj"])
+            matrices: Mapping[str, Weight] = weights
+            if isinstance(weights, CompactWeights):
+                matrices = weights.matrices
+            up.append(matrices[self.torch_math.up_name])
+            down.append(matrices["down_proj"])
         output = None
         if few:
             output = step.run(up, down, few, is_last=is_last)

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moe_runtime.kernels.launch import check_dtype
+from moe_runtime.measure import generation
 from tests.command_line import Outcome, command, environment, run_here
 from tests.tiny_checkpoint import (
     CONTEXT_TOKENS,
@@ -70,6 +72,21 @@ def resave(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
     tensors = load_file(weights(model))
     change(tensors)
     save_file(tensors, weights(model), metadata={"format": "pt"})
+
+
+def test_what_a_kernel_refuses_is_said_as_it_is(
+    capsys: Capsys, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Law: also errors of the rooms beside the package are ours, and not unexpected."""
+
+    def refuse(*_: object, **__: object) -> None:
+        check_dtype("x", torch.zeros(1, dtype=torch.int8), (torch.bfloat16,))
+
+    monkeypatch.setattr(generation, "load", refuse)
+    outcome = generate(capsys, model)
+    assert outcome.code == 1
+    assert "x is torch.int8; supported: torch.bfloat16" in outcome.err
+    assert "unexpected" not in outcome.err
 
 
 def test_a_sound_model_runs(capsys: Capsys, model: Path) -> None:

@@ -8,8 +8,7 @@
  * stream a thread is what the processor's own prefetching follows; rows read side by side fall, at
  * strides of 4096 bytes, into the same sets of the cache.
  *
- * Sums: an output is two partial sums of vector lanes, fed in turns and added up in a fixed tree.
- * Nothing in it depends on the other tokens, on the thread, or on which experts share a call.
+ * Nothing in a sum depends on the other tokens, on the thread, or on which experts share a call.
  */
 #include <stdint.h>
 
@@ -18,15 +17,20 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raised whenever a signature or a struct below changes; experts_status.py holds the same number. */
-enum { INTERFACE = 2 };
+enum { INTERFACE = 3 };
 
-enum level { AVX2 = 1, AVX512F = 2, AVX512_BF16 = 3 };
-enum dtype { BF16 = 0, F16 = 1, F32 = 2 };
 enum gate { NO_GATE = 0, SILU = 1, GELU_TANH = 2, RELU = 3, RELU_SQUARED = 4 };
 enum stage { UP = 1, GATE = 2, DOWN = 4, SUM = 8 };
 
+/* A matrix whose rows stand in several places or forms; row_products.h has the parts. */
+struct moe_matrix {
+    const struct moe_part *parts;
+    int64_t num_parts;
+};
+
 /* One call. Expert e has the rows first_row[e] .. first_row[e] + num_rows[e] of `token`, `weight`,
- * `up_y`, `h` and `y`. All matrices are row-major; x, weights, h and out have `dtype`. */
+ * `up_y`, `h` and `y`. All matrices are row-major; x, weights, h and out have `dtype`. Weights are
+ * where `up` and `down` point, or, with `is_in_parts`, described there by a struct moe_matrix. */
 struct moe_experts {
     const void *const *up;   /* [num_experts] of [up_rows, dim]; gate before up, or in turns */
     const void *const *down; /* [num_experts] of [dim, ffn] */
@@ -43,7 +47,7 @@ struct moe_experts {
     const struct moe_openmp *openmp;
     int64_t num_experts, num_all_rows, num_tokens, dim, ffn, up_rows;
     int64_t next_up, next_down; /* 0 at the start: pieces that threads have taken */
-    int32_t level, dtype, gate, is_interleaved, stages;
+    int32_t level, dtype, gate, is_interleaved, is_in_parts, stages;
 };
 
 EXPORT int moe_experts_interface(void) { return INTERFACE; }
@@ -51,24 +55,12 @@ EXPORT int moe_experts_interface(void) { return INTERFACE; }
 /* A test defines MOE_OTHER_PROCESSOR to see what is built elsewhere. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MOE_OTHER_PROCESSOR)
 
-#include <immintrin.h>
-#include <string.h>
-
-#define UNROLL _Pragma("GCC unroll 16")
-#define INLINE static inline __attribute__((always_inline))
-#define TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
-#define TARGET_AVX512F __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl")))
-#define TARGET_AVX512_BF16 \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")))
+#include "row_products.h"
 
 enum {
-    MAX_TOKENS = 16,          /* of one expert, that a row of weights meets before the next row */
-    TOKENS = 4,               /* of these, in registers at a time */
-    FEW_TOKENS = 4,           /* up to which a thread reads one row of weights at a time */
-    PIECE_BYTES = 128 << 10,  /* of weights that a thread takes at a time: stays in its L2 */
-    SHARE_BYTES = 128 << 10,  /* a thread that would read less than this costs more than it gives */
-    STEP_BYTES = 128,         /* the most that one step of any loop below reads of a row */
-    NUM_SUM_COLUMNS = 256,    /* of the weighted sum, a piece */
+    PIECE_BYTES = 128 << 10, /* of weights that a thread takes at a time: stays in its L2 */
+    SHARE_BYTES = 128 << 10, /* a thread that would read less than this costs more than it gives */
+    NUM_SUM_COLUMNS = 256,   /* of the weighted sum, a piece */
 };
 
 EXPORT int moe_experts_supports(int level, int dtype) {
@@ -83,166 +75,6 @@ EXPORT int moe_experts_supports(int level, int dtype) {
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t size_of(int dtype) { return dtype == F32 ? 4 : 2; }
-
-/* ---- Loads: STEP elements of a row as two vectors. Weights of another kind (packed, int8) need a
- * load of their own that yields the same vectors. bf16 becomes float32 by a shift, so that the two
- * vectors hold the even and the odd elements; of x they do too. ---- */
-
-struct bf16_pair { __m512i a, b; };
-struct f32x16_pair { __m512 a, b; };
-struct f32x8_pair { __m256 a, b; };
-
-TARGET_AVX512_BF16 INLINE struct bf16_pair load_bf16_as_is(const char *p) {
-    return (struct bf16_pair){_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64)};
-}
-TARGET_AVX512F INLINE struct f32x16_pair load_bf16_avx512(const char *p) {
-    const __m512i v = _mm512_loadu_si512(p);
-    return (struct f32x16_pair){
-        _mm512_castsi512_ps(_mm512_slli_epi32(v, 16)),
-        _mm512_castsi512_ps(_mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)))};
-}
-TARGET_AVX512F INLINE struct f32x16_pair load_f16_avx512(const char *p) {
-    return (struct f32x16_pair){_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)),
-                                _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p + 32)))};
-}
-TARGET_AVX512F INLINE struct f32x16_pair load_f32_avx512(const char *p) {
-    return (struct f32x16_pair){_mm512_loadu_ps(p), _mm512_loadu_ps(p + 64)};
-}
-TARGET_AVX2 INLINE struct f32x8_pair load_bf16_avx2(const char *p) {
-    const __m256i v = _mm256_loadu_si256((const __m256i *)p);
-    return (struct f32x8_pair){
-        _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)),
-        _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xffff0000)))};
-}
-TARGET_AVX2 INLINE struct f32x8_pair load_f16_avx2(const char *p) {
-    return (struct f32x8_pair){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)),
-                               _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 16)))};
-}
-TARGET_AVX2 INLINE struct f32x8_pair load_f32_avx2(const char *p) {
-    return (struct f32x8_pair){_mm256_loadu_ps((const float *)p),
-                               _mm256_loadu_ps((const float *)(p + 32))};
-}
-
-/* ---- Products and sums of what was loaded ---- */
-
-TARGET_AVX512_BF16 INLINE __m512 add_bf16(__m512 sum, __m512i w, __m512i x) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
-}
-TARGET_AVX512F INLINE __m512 add_avx512(__m512 sum, __m512 w, __m512 x) {
-    return _mm512_fmadd_ps(w, x, sum);
-}
-TARGET_AVX2 INLINE __m256 add_avx2(__m256 sum, __m256 w, __m256 x) {
-    return _mm256_fmadd_ps(w, x, sum);
-}
-TARGET_AVX2 INLINE float total_avx2(__m256 a, __m256 b) {
-    const __m256 v = _mm256_add_ps(a, b);
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-TARGET_AVX512F INLINE float total_avx512(__m512 a, __m512 b) {
-    return _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-}
-
-/* The tokens of one expert, MAX_TOKENS at a time: rows of x, and of where outputs go. */
-struct tokens {
-    const char *x[MAX_TOKENS];
-    float *y[MAX_TOKENS];
-};
-
-/* NAME: `num_rows` rows of `row_bytes` at w times `num` tokens, whose outputs go to y[.][row ..].
- * The loop over bytes stands here once; a level, a dtype and a kind of weights are its LOADs, its
- * ADD and its TOTAL. A few tokens take one row at a time; more take MANY_ROWS, as
- * then the loads of x are what costs. What is left of a row behind the last whole STEP is copied,
- * so that nothing beyond it is read. */
-#define DEFINE_DOT(NAME, TARGET, VECTOR, ZERO, PAIR, LOAD_W, LOAD_X, ADD, TOTAL, STEP, MANY_ROWS) \
-    TARGET INLINE void NAME##_block(const char *w, const int64_t row_bytes, const char *const *xs,\
-                                    float *const *ys, int64_t row, const int m, const int n) {    \
-        const char *const w2 = w + row_bytes;                                                     \
-        const char *x[TOKENS];                                                                    \
-        VECTOR a[TOKENS], b[TOKENS], a2[TOKENS], b2[TOKENS];                                      \
-        UNROLL for (int j = 0; j < n; j++) x[j] = xs[j];                                          \
-        UNROLL for (int j = 0; j < n; j++) a[j] = b[j] = a2[j] = b2[j] = ZERO();                  \
-        int64_t k = 0;                                                                            \
-        for (; k + (STEP) <= row_bytes; k += (STEP)) {                                            \
-            const PAIR p = LOAD_W(w + k), p2 = LOAD_W((m > 1 ? w2 : w) + k);                      \
-            UNROLL for (int j = 0; j < n; j++) {                                                  \
-                const PAIR q = LOAD_X(x[j] + k);                                                  \
-                a[j] = ADD(a[j], p.a, q.a);                                                       \
-                b[j] = ADD(b[j], p.b, q.b);                                                       \
-                if (m == 1) continue;                                                             \
-                a2[j] = ADD(a2[j], p2.a, q.a);                                                    \
-                b2[j] = ADD(b2[j], p2.b, q.b);                                                    \
-            }                                                                                     \
-        }                                                                                         \
-        if (k < row_bytes) {                                                                      \
-            char rest_w[STEP_BYTES] = {0}, rest_w2[STEP_BYTES] = {0}, rest_x[STEP_BYTES] = {0};   \
-            memcpy(rest_w, w + k, (size_t)(row_bytes - k));                                       \
-            if (m > 1) memcpy(rest_w2, w2 + k, (size_t)(row_bytes - k));                          \
-            const PAIR p = LOAD_W(rest_w), p2 = LOAD_W(rest_w2);                                  \
-            UNROLL for (int j = 0; j < n; j++) {                                                  \
-                memcpy(rest_x, x[j] + k, (size_t)(row_bytes - k));                                \
-                const PAIR q = LOAD_X(rest_x);                                                    \
-                a[j] = ADD(a[j], p.a, q.a);                                                       \
-                b[j] = ADD(b[j], p.b, q.b);                                                       \
-                if (m == 1) continue;                                                             \
-                a2[j] = ADD(a2[j], p2.a, q.a);                                                    \
-                b2[j] = ADD(b2[j], p2.b, q.b);                                                    \
-            }                                                                                     \
-        }                                                                                         \
-        UNROLL for (int j = 0; j < n; j++) ys[j][row] = TOTAL(a[j], b[j]);                        \
-        if (m == 1) return;                                                                       \
-        UNROLL for (int j = 0; j < n; j++) ys[j][row + 1] = TOTAL(a2[j], b2[j]);                  \
-    }                                                                                             \
-    TARGET INLINE void NAME##_rows(const char *w, int64_t row_bytes, const struct tokens *tokens, \
-                                   int num, int64_t row, const int m) {                           \
-        for (int first = 0; first < num; first += TOKENS) {                                       \
-            const char *const *x = tokens->x + first;                                             \
-            float *const *y = tokens->y + first;                                                  \
-            switch (num - first) {                                                                \
-                case 1: NAME##_block(w, row_bytes, x, y, row, m, 1); break;                       \
-                case 2: NAME##_block(w, row_bytes, x, y, row, m, 2); break;                       \
-                case 3: NAME##_block(w, row_bytes, x, y, row, m, 3); break;                       \
-                default: NAME##_block(w, row_bytes, x, y, row, m, TOKENS);                        \
-            }                                                                                     \
-        }                                                                                         \
-    }                                                                                             \
-    TARGET static void NAME(const char *w, int64_t num_rows, int64_t row_bytes,                   \
-                            const struct tokens *tokens, int num) {                               \
-        int64_t row = 0;                                                                          \
-        if (num > FEW_TOKENS)                                                                     \
-            for (; row + (MANY_ROWS) <= num_rows; row += (MANY_ROWS))                             \
-                NAME##_rows(w + row * row_bytes, row_bytes, tokens, num, row, MANY_ROWS);         \
-        for (; row < num_rows; row++)                                                             \
-            NAME##_rows(w + row * row_bytes, row_bytes, tokens, num, row, 1);                     \
-    }
-
-DEFINE_DOT(dot_avx512_bf16, TARGET_AVX512_BF16, __m512, _mm512_setzero_ps, struct bf16_pair,
-           load_bf16_as_is, load_bf16_as_is, add_bf16, total_avx512, 128, 2)
-DEFINE_DOT(dot_avx512_bf16_as_f32, TARGET_AVX512F, __m512, _mm512_setzero_ps, struct f32x16_pair,
-           load_bf16_avx512, load_bf16_avx512, add_avx512, total_avx512, 64, 2)
-DEFINE_DOT(dot_avx512_f16, TARGET_AVX512F, __m512, _mm512_setzero_ps, struct f32x16_pair,
-           load_f16_avx512, load_f16_avx512, add_avx512, total_avx512, 64, 2)
-DEFINE_DOT(dot_avx512_f32, TARGET_AVX512F, __m512, _mm512_setzero_ps, struct f32x16_pair,
-           load_f32_avx512, load_f32_avx512, add_avx512, total_avx512, 128, 2)
-DEFINE_DOT(dot_avx2_bf16, TARGET_AVX2, __m256, _mm256_setzero_ps, struct f32x8_pair,
-           load_bf16_avx2, load_bf16_avx2, add_avx2, total_avx2, 32, 1)
-DEFINE_DOT(dot_avx2_f16, TARGET_AVX2, __m256, _mm256_setzero_ps, struct f32x8_pair,
-           load_f16_avx2, load_f16_avx2, add_avx2, total_avx2, 32, 1)
-DEFINE_DOT(dot_avx2_f32, TARGET_AVX2, __m256, _mm256_setzero_ps, struct f32x8_pair,
-           load_f32_avx2, load_f32_avx2, add_avx2, total_avx2, 64, 1)
-
-typedef void dot_rows(const char *w, int64_t num_rows, int64_t row_bytes,
-                      const struct tokens *tokens, int n);
-
-static dot_rows *dot_of(int level, int dtype) {
-    if (level == AVX512_BF16) return dot_avx512_bf16;
-    if (level == AVX512F)
-        return dtype == BF16 ? dot_avx512_bf16_as_f32
-                             : dtype == F16 ? dot_avx512_f16 : dot_avx512_f32;
-    return dtype == BF16 ? dot_avx2_bf16 : dtype == F16 ? dot_avx2_f16 : dot_avx2_f32;
-}
 
 /* ---- Elementwise parts: loops that the compiler turns into vectors ---- */
 
@@ -353,38 +185,52 @@ struct product {
     int64_t num_rows, num_columns;
 };
 
-/* Weight rows [begin, end) of `expert` times all of its tokens. */
+/* Rows [begin, end) of `part`, which are those from `row` on of the matrix, times all tokens. */
 static void run_piece(const struct moe_experts *op, const struct product *product, int64_t expert,
-                      int64_t begin, int64_t end) {
-    const int64_t row_bytes = product->num_columns * size_of(op->dtype);
-    const char *w = (const char *)product->weights[expert] + begin * row_bytes;
-    dot_rows *dot = dot_of(op->level, op->dtype);
+                      const struct moe_part *part, int64_t begin, int64_t end, int64_t row) {
+    const int64_t x_bytes = product->num_columns * size_of(op->dtype);
     for (int64_t first = 0; first < op->num_rows[expert]; first += MAX_TOKENS) {
         const int n = (int)smaller(MAX_TOKENS, op->num_rows[expert] - first);
         struct tokens tokens;
         for (int j = 0; j < n; j++) {
-            const int64_t row = op->first_row[expert] + first + j;
-            const int64_t x_row = product->x_index ? product->x_index[row] : row;
-            tokens.x[j] = product->x + x_row * row_bytes;
-            tokens.y[j] = product->y + row * product->num_rows + begin;
+            const int64_t at = op->first_row[expert] + first + j;
+            tokens.x[j] = product->x + (product->x_index ? product->x_index[at] : at) * x_bytes;
+            tokens.y[j] = product->y + at * product->num_rows + row;
         }
-        dot(w, end - begin, row_bytes, &tokens, n);
+        multiply_rows(op->level, op->dtype, part, product->num_columns, begin, end, &tokens, n);
     }
 }
 
-/* Takes pieces until none are left: a thread that is held up leaves its share to the others. */
+/* Rows of a piece; packed ones begin where the escapes of a group do. */
+static int64_t rows_of_piece(const struct moe_experts *op, const struct moe_part *part,
+                             int64_t num_columns) {
+    const int64_t row_bytes = bytes_of_row(op->dtype, part->form, num_columns);
+    const int64_t step = part->form == PACKED ? moe_group_rows(num_columns) : 1;
+    const int64_t wanted = row_bytes ? PIECE_BYTES / row_bytes : part->num_rows;
+    return wanted > step ? wanted / step * step : step;
+}
+
+/* Takes pieces until none are left: a thread that is held up leaves its share to the others. Each
+ * thread goes through all parts and their pieces, which are numbered in that order. */
 static void run_product(const struct moe_experts *op, const struct product *product,
                         int64_t *next) {
-    const int64_t row_bytes = product->num_columns * size_of(op->dtype);
-    const int64_t wanted = row_bytes ? PIECE_BYTES / row_bytes : product->num_rows;
-    const int64_t piece_rows = wanted > 1 ? wanted : 1;
-    const int64_t pieces_each = (product->num_rows + piece_rows - 1) / piece_rows;
-    for (;;) {
-        const int64_t piece = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-        if (piece >= pieces_each * op->num_experts) return;
-        const int64_t begin = piece % pieces_each * piece_rows;
-        run_piece(op, product, piece / pieces_each, begin,
-                  smaller(begin + piece_rows, product->num_rows));
+    int64_t first = 0, piece = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    for (int64_t e = 0; e < op->num_experts; e++) {
+        const struct moe_part whole = {product->weights[e], 0, product->num_rows, PLAIN};
+        const struct moe_matrix plain = {&whole, 1};
+        const struct moe_matrix *matrix = op->is_in_parts ? product->weights[e] : &plain;
+        for (int64_t p = 0, row = 0; p < matrix->num_parts; row += matrix->parts[p++].num_rows) {
+            const struct moe_part *part = &matrix->parts[p];
+            const int64_t step = rows_of_piece(op, part, product->num_columns);
+            const int64_t num_pieces = (part->num_rows + step - 1) / step;
+            while (piece < first + num_pieces) {
+                const int64_t begin = (piece - first) * step;
+                run_piece(op, product, e, part, begin, smaller(begin + step, part->num_rows),
+                          row + begin);
+                piece = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+            }
+            first += num_pieces;
+        }
     }
 }
 

@@ -14,11 +14,14 @@ from moe_runtime.kernels.cpu.experts_status import (
     experts_status,
     open_experts_library,
 )
+from moe_runtime.kernels.cpu.matrix import Matrix
 from moe_runtime.kernels.cpu.openmp import find_openmp
 
 # T tokens, D model dim, F ffn dim, U rows of the up matrix (2F with a gate, else F),
 # R rows: (token, expert) pairs sorted by expert, N outputs and K inputs of a linear layer
 
+# A matrix as it is, or one whose rows are packed or quantised.
+Weight = torch.Tensor | Matrix
 TorchGate = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -57,7 +60,7 @@ class Operation(ctypes.Structure):
             "next_down",
         )),
         *((name, ctypes.c_int32) for name in (
-            "level", "dtype", "gate", "is_interleaved", "stages",
+            "level", "dtype", "gate", "is_interleaved", "is_in_parts", "stages",
         )),
     )  # fmt: skip
 
@@ -215,27 +218,24 @@ class ExpertsStep:
 
     def run(
         self,
-        up: Sequence[torch.Tensor],
-        down: Sequence[torch.Tensor],
+        up: Sequence[Weight],
+        down: Sequence[Weight],
         rows: Sequence[tuple[int, int]],
         *,
         is_last: bool,
     ) -> torch.Tensor | None:
         """Compute experts: `up[i] [U, D]` and `down[i] [D, F]` for the rows `rows[i]` (begin, end).
 
-        Weights are contiguous, at any address, and are read once. With `is_last` every other row
-        must be there, and the result is that of `sum`.
+        Tensors are contiguous, at any address; matrices have as many rows and columns, and packed
+        ones give the bits of tensors. All of a call are the one or the other, and are read once.
+        With `is_last` every other row must be there, and the result is that of `sum`.
         """
         assert len(up) == len(down) == len(rows)
         layer = self._layer
-        for w in up:
-            _check("up", w, layer.kernel.dtype, layer.up_shape)
-        for w in down:
-            _check("down", w, layer.kernel.dtype, layer.down_shape)
         num_experts = len(rows)
         pointers, counts = ctypes.c_void_p * num_experts, ctypes.c_int64 * num_experts
-        up_pointers = pointers(*[w.data_ptr() for w in up])
-        down_pointers = pointers(*[w.data_ptr() for w in down])
+        up_pointers = pointers(*_addresses("up", up, layer.kernel.dtype, layer.up_shape))
+        down_pointers = pointers(*_addresses("down", down, layer.kernel.dtype, layer.down_shape))
         first_rows = counts(*[begin for begin, _ in rows])
         num_rows = counts(*[end - begin for begin, end in rows])
         operation = self._operation
@@ -244,6 +244,8 @@ class ExpertsStep:
         operation.first_row = ctypes.addressof(first_rows)
         operation.num_rows = ctypes.addressof(num_rows)
         operation.num_experts = num_experts
+        operation.is_in_parts = isinstance(up[0], Matrix) if up else False
+        assert all(isinstance(w, Matrix) == bool(operation.is_in_parts) for w in (*up, *down))
         stages = Stage.UP | Stage.GATE | Stage.DOWN
         if layer.torch_gate is not None:
             self._call(Stage.UP)
@@ -302,6 +304,19 @@ def _load(dtype: torch.dtype, level: str) -> CpuExperts:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _addresses(
+    name: str, weights: Sequence[Weight], dtype: torch.dtype, shape: tuple[int, int]
+) -> list[int]:
+    for w in weights:
+        if not isinstance(w, Matrix):
+            _check(name, w, dtype, shape)
+        elif w.shape != shape or dtype is not torch.bfloat16:
+            raise ValueError(
+                f"{name} must be a bfloat16 matrix {list(shape)}, got {list(w.shape)} for {dtype}"
+            )
+    return [w.address if isinstance(w, Matrix) else w.data_ptr() for w in weights]
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

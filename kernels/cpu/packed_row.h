@@ -20,6 +20,17 @@ enum {
     MOE_GROUP_WEIGHTS = 4096, /* rows that share an entry of the escape index hold this many */
 };
 
+/* What a block begins with; its rows follow, then the escape index, then the escapes. */
+struct moe_block_header {
+    uint64_t checksum; /* of the whole block with this field zero */
+    uint64_t identity; /* says which block of which packing this is */
+    uint32_t magic, num_rows, num_columns, num_escapes;
+    uint8_t high[16]; /* high bytes by code; the last is zero */
+    uint8_t zero[16];
+};
+
+_Static_assert(sizeof(struct moe_block_header) == 64, "a cache line");
+
 /* The escapes not yet used. Reading past `end` gives zeros and moves on, so that whoever compares
  * `next` with the index sees the damage, and no foreign memory is read. */
 struct moe_escapes {
@@ -43,6 +54,12 @@ static inline int64_t moe_row_bytes(int64_t num_columns) {
 /* Rows that share an entry of the escape index. */
 static inline int64_t moe_group_rows(int64_t num_columns) {
     return (MOE_GROUP_WEIGHTS + num_columns - 1) / num_columns;
+}
+
+/* Entries of the escape index: one a group of rows, and the number of all. */
+static inline int64_t moe_num_starts(int64_t num_rows, int64_t num_columns) {
+    const int64_t group = moe_group_rows(num_columns);
+    return (num_rows + group - 1) / group + 1;
 }
 
 /* Which of the 128 weights stands at place p of a tile. */

@@ -12,16 +12,6 @@
 /* Raised whenever a signature or a struct below changes; unpack_status.py holds the same number. */
 enum { INTERFACE = 2 };
 
-struct header {
-    uint64_t checksum; /* of the whole block with this field zero */
-    uint64_t identity; /* says which block of which packing this is */
-    uint32_t magic, num_rows, num_columns, num_escapes;
-    uint8_t high[16]; /* high bytes by code; the last is zero */
-    uint8_t zero[16];
-};
-
-_Static_assert(sizeof(struct header) == 64, "a cache line");
-
 enum { MAGIC = 0x3150524d, SEAL = sizeof(uint64_t) }; /* "MRP1" */
 enum { PLAIN = 0, AVX2 = 1, AVX512 = 2 };
 enum { INTACT = 0, ALTERED = 1, FOREIGN = 2 };
@@ -221,14 +211,9 @@ EXPORT void moe_seal(uint8_t *block, int64_t block_bytes, uint64_t identity, int
     memcpy(block, &checksum, sizeof checksum);
 }
 
-static int64_t num_starts_of(int64_t num_rows, int64_t num_columns) {
-    const int64_t group = moe_group_rows(num_columns);
-    return (num_rows + group - 1) / group + 1;
-}
-
 static int64_t unpack_block(const struct moe_block *op, int64_t level, int64_t stream,
                             int64_t is_known) {
-    struct header head;
+    struct moe_block_header head;
     if (op->block_bytes < (int64_t)sizeof head) return ALTERED;
     memcpy(&head, op->block, sizeof head);
     if (!is_known && checksum_of(op->block, op->block_bytes, SEAL, level) != head.checksum)
@@ -237,7 +222,7 @@ static int64_t unpack_block(const struct moe_block *op, int64_t level, int64_t s
         head.num_columns != op->num_columns)
         return FOREIGN;
     const int64_t row_bytes = moe_row_bytes(op->num_columns), group = moe_group_rows(op->num_columns);
-    const int64_t num_starts = num_starts_of(op->num_rows, op->num_columns);
+    const int64_t num_starts = moe_num_starts(op->num_rows, op->num_columns);
     const uint8_t *const rows = op->block + sizeof head;
     const uint8_t *const starts = rows + op->num_rows * row_bytes;
     const uint8_t *const first = starts + num_starts * (int64_t)sizeof(uint32_t);
@@ -310,7 +295,7 @@ static void choose_codes(const uint16_t *weights, int64_t num_weights, uint8_t h
  * all weights escaped. */
 EXPORT int64_t moe_pack(const uint16_t *weights, int64_t num_rows, int64_t num_columns,
                         uint8_t *block) {
-    struct header head = {.magic = MAGIC,
+    struct moe_block_header head = {.magic = MAGIC,
                           .num_rows = (uint32_t)num_rows,
                           .num_columns = (uint32_t)num_columns};
     uint8_t code[256];
@@ -321,7 +306,7 @@ EXPORT int64_t moe_pack(const uint16_t *weights, int64_t num_rows, int64_t num_c
     uint8_t *out = block + sizeof head;
     uint8_t *starts = out + num_rows * moe_row_bytes(num_columns);
     uint8_t *const first =
-        starts + num_starts_of(num_rows, num_columns) * (int64_t)sizeof(uint32_t);
+        starts + moe_num_starts(num_rows, num_columns) * (int64_t)sizeof(uint32_t);
     uint8_t *next = first;
     for (int64_t r = 0; r < num_rows; r++) {
         if (r % group == 0) {

@@ -11,6 +11,7 @@ from moe_runtime.cli.options import MODEL_PANEL, Json
 from moe_runtime.cli.terminal import Terminal
 
 if TYPE_CHECKING:
+    from moe_runtime.measure.bench.expert_forms import FormSpeed
     from moe_runtime.measure.bench.expert_steps import StepShare
     from moe_runtime.measure.bench.resident_decode import ResidentReport
 
@@ -39,7 +40,7 @@ def kernels(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded in a turn.")] = 16,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
     steps_only: Annotated[
-        bool, typer.Option("--steps-only", help="No whole model: only the share of the read rate.")
+        bool, typer.Option("--steps-only", help="No whole model: only steps of experts.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +51,7 @@ def kernels(
     """
     terminal = Terminal(as_json=as_json)
     with terminal.waiting("starting"):
+        from moe_runtime.measure.bench.expert_forms import measure_forms
         from moe_runtime.measure.bench.expert_steps import measure_steps
         from moe_runtime.measure.bench.machine import (
             describe_machine,
@@ -62,6 +64,8 @@ def kernels(
     preset = load_preset(like).changed(num_layers=layers)
     with terminal.progress(f"steps of {like}") as meter:
         shares = measure_steps(preset, rounds=rounds, on_round=meter.update)
+    with terminal.progress(f"packed, int8 and int4 experts of {like}") as meter:
+        forms = measure_forms(preset, rounds=rounds, on_round=meter.update)
     resident = None
     if not steps_only:
         with terminal.progress(f"{preset.num_layers} layers of {like}") as meter:
@@ -78,6 +82,7 @@ def kernels(
             "versions": describe_versions(),
             "commit": git_commit(),
             "steps": [asdict(share) for share in shares],
+            "forms": [asdict(form) for form in forms],
             "resident": (
                 None if resident is None else asdict(resident) | {"is_green": resident.is_green}
             ),
@@ -86,6 +91,7 @@ def kernels(
         terminal.show_json(found)
     else:
         terminal.show(_steps_table(shares))
+        terminal.show(_forms_table(forms))
         if resident is not None:
             terminal.show(_resident_table(resident))
         terminal.remark("GPU: not measured")
@@ -104,6 +110,22 @@ def _steps_table(shares: "list[StepShare]") -> Table:
             f"{one.gbps.median:.1f}",
             f"{one.read_gbps.median:.1f}",
             one.share.text(3),
+        )
+    return table
+
+
+def _forms_table(forms: "list[FormSpeed]") -> Table:
+    title = f"one token through {forms[0].num_experts} experts of {forms[0].shape}"
+    table = Table(title=title, title_justify="left")
+    for name in ("form", "share of bytes", "microseconds", "of bfloat16", "times as fast"):
+        table.add_column(name, justify="left" if name == "form" else "right")
+    for one in forms:
+        table.add_row(
+            one.form,
+            f"{one.share_of_bytes:.3f}",
+            f"{one.microseconds.median:.0f}",
+            f"{one.bfloat16_microseconds.median:.0f}",
+            one.speedup.text(2),
         )
     return table
 

@@ -13,6 +13,8 @@ from moe_runtime.cli.options import (
     Chat,
     Dtype,
     DtypeOption,
+    ExpertDtype,
+    ExpertDtypeOption,
     ExpertMemoryOption,
     ExpertSlots,
     ExpertSlotsOption,
@@ -74,6 +76,7 @@ def generate(
     expert_memory: ExpertMemoryOption = "auto",
     policy: PolicyOption = Policy.LRU,
     expert_slots: ExpertSlotsOption = ExpertSlots.AUTO,
+    expert_dtype: ExpertDtypeOption = ExpertDtype.AUTO,
     page_cache: Annotated[
         bool,
         typer.Option(
@@ -144,6 +147,7 @@ def generate(
         expert_memory=expert_memory,
         policy=policy,
         expert_slots=expert_slots,
+        expert_dtype=expert_dtype,
         page_cache=page_cache,
         exact=exact,
         linears=linears,

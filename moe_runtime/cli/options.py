@@ -36,6 +36,14 @@ class ExpertSlots(StrEnum):
     UNPACKED = "unpacked"
 
 
+class ExpertDtype(StrEnum):
+    """What experts are rounded to when they are read; `auto` is not at all."""
+
+    AUTO = "auto"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, or a hub id such as org/name.")
 ]
@@ -101,8 +109,16 @@ PolicyOption = Annotated[
 ExpertSlotsOption = Annotated[
     ExpertSlots,
     typer.Option(
-        help="Whether packed experts stay so in memory, where a third more fit, and are unpacked "
-        "at each use; auto keeps them packed only where they do not fit otherwise.",
+        help="Whether packed experts stay so in memory, where a third more fit; auto keeps them "
+        "packed where a kernel computes from them as they are.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+ExpertDtypeOption = Annotated[
+    ExpertDtype,
+    typer.Option(
+        help="Round bfloat16 experts to int8 or int4 when they are read: lossy; twice or 3.5 times "
+        "as many fit in memory. auto keeps every bit.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

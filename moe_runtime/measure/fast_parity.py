@@ -20,7 +20,8 @@ class FastParity:
 
     `rms_distance` is ours and `eager_rms_distance` that of the unmodified model in the same dtype,
     both fed with the same tokens; None where the dtype is float32 itself. `difference` says in
-    words where the tokens first differ.
+    words where the tokens first differ. `expert_dtype` is load()'s: with another than "auto" our
+    logits are those of rounded weights, and greedy tokens those of the weights as they are.
     """
 
     reference: str
@@ -31,6 +32,7 @@ class FastParity:
     rms_distance: float | None
     eager_rms_distance: float | None
     difference: str = ""
+    expert_dtype: str = "auto"
 
     @property
     def rms_ratio(self) -> float | None:
@@ -58,7 +60,8 @@ class FastParity:
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
         found = {key: value for key, value in asdict(self).items() if key != "difference"}
-        return {"mode": "fast"} | found | {"rms_ratio": self.rms_ratio}
+        mode = "fast" if self.expert_dtype == "auto" else f"lossy, {self.expert_dtype} experts"
+        return {"mode": mode} | found | {"rms_ratio": self.rms_ratio}
 
     def text(self) -> str:
         """What was compared, in words."""
@@ -82,6 +85,8 @@ class FastParity:
                     f"no parity verdict: {self.positions} positions were compared and "
                     f"{MIN_POSITIONS} are needed; give longer prompts, or more of them"
                 )
+            if self.expert_dtype != "auto":
+                remedy = f"{self.expert_dtype} experts are lossy: leave out --expert-dtype"
             raise ParityError(
                 f"the {self.dtype} logits are {self._distances()}, and at most {MAX_RATIO} times "
                 f"as far is allowed; {remedy}"

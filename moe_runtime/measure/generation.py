@@ -38,6 +38,7 @@ class GenerationRequest:
     expert_memory: str = "auto"
     policy: str = "lru"
     expert_slots: str = "auto"
+    expert_dtype: str = "auto"
     page_cache: bool = False
     exact: bool = False
     linears: bool = False
@@ -202,6 +203,7 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
         expert_memory=request.expert_memory,
         policy=request.policy,
         expert_slots=request.expert_slots,
+        expert_dtype=request.expert_dtype,
         page_cache=request.page_cache,
         exact=request.exact,
         linears=request.linears,
@@ -257,7 +259,7 @@ def _check(
         is_greedy = request.decoding.temperature == 0 and not request.decoding.stop
         if reference.effective_dtype != "float32" or not is_greedy:
             completions = _greedy_in_float32(request, resolved, tokenizer, completions, report)
-        return check_fast_parity(completions, forced, reference)
+        return check_fast_parity(completions, forced, reference, expert_dtype=request.expert_dtype)
 
 
 @contextmanager
@@ -278,11 +280,15 @@ def _greedy_in_float32(
     report: Mapping[str, Any],
 ) -> list[Completion]:
     """The same prompts through at least the same number of slots, with twice the bytes."""
+    memory = report["memory"]
     wide = replace(
         request,
         dtype="float32",
-        expert_memory=str(2 * report["memory"]["expert_used_bytes"]),
+        expert_memory=str(
+            2 * max(memory["expert_used_bytes"], report["cache"]["slots"] * memory["expert_bytes"])
+        ),
         expert_slots="auto",
+        expert_dtype="auto",  # rounds bfloat16 weights alone; the logits below are judged with it
         max_memory=None,
         check=False,
     )

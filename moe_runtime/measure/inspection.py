@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_runtime.integrations.transformers.budget import slot_kinds, smallest_bytes
+import torch
+
+from moe_runtime.integrations.transformers.budget import SlotKind, slot_kinds, smallest_bytes
+from moe_runtime.integrations.transformers.choice import choose_maths, computes_compact
 from moe_runtime.integrations.transformers.kv_cache import KVCache, measure_kv_cache
 from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.integrations.transformers.survey import survey_checkpoint
+from moe_runtime.integrations.transformers.survey import Survey, survey_checkpoint
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.packing import PackedTensor
 from moe_runtime.memory.tensor_map import LayerExperts
@@ -74,7 +77,9 @@ def inspect_model(
     )
     text_config = resolved.config.get_text_config()
     tensor_map = found.tensor_map
-    kinds = slot_kinds(tensor_map)
+    kinds = _slot_kinds(found)
+    # Room for one dequantised expert beside quantised ones; what is packed is counted unpacked.
+    room_bytes = kinds[0].room_bytes if tensor_map.is_scaled else 0
     # Not those of `checkpoint`, where scales are part of the weights.
     files = Checkpoint.open(resolved.folder).files()
     return Inspection(
@@ -90,11 +95,11 @@ def inspect_model(
         num_experts=tensor_map.num_experts,
         expert_bytes=max(layer.layout.weight_bytes for layer in tensor_map.layers),
         slot_bytes=tensor_map.slot_bytes,
-        expert_total_bytes=kinds[0].bytes_of(tensor_map.num_experts),
+        expert_total_bytes=tensor_map.num_experts * tensor_map.slot_bytes + room_bytes,
         dense_bytes=found.dense_bytes,
         lookup_bytes=found.lookup_bytes,
         floor_bytes=smallest_bytes(kinds, found.sites),
-        hitting_bytes=kinds[0].bytes_of(sum(site.top_k for site in found.sites)),
+        hitting_bytes=sum(s.top_k for s in found.sites) * tensor_map.slot_bytes + room_bytes,
         kv_cache=measure_kv_cache(found),
         context_tokens=getattr(text_config, "max_position_embeddings", None),
         num_files=len(files),
@@ -102,6 +107,14 @@ def inspect_model(
         packed_expert_bytes=_packed_bytes(checkpoint),
         expert_layout=_expert_layout(tensor_map.layers),
     )
+
+
+def _slot_kinds(found: Survey) -> list[SlotKind]:
+    """What slots may hold under 'auto'."""
+    if not found.tensor_map.is_packed:
+        return slot_kinds(found.tensor_map, computes_compact=False)
+    maths = choose_maths(found.sites, found.dtypes, torch.device("cpu"), exact=False)
+    return slot_kinds(found.tensor_map, computes_compact=computes_compact(maths))
 
 
 def _packed_bytes(checkpoint: Checkpoint) -> int | None:

@@ -107,6 +107,8 @@ def check_fast_parity(
     greedy: Sequence[Completion],
     forced: Sequence[ForcedLogits],
     reference: Reference,
+    *,
+    expert_dtype: str = "auto",
 ) -> FastParity:
     """Apply the rule of the fast path; see `FastParity`.
 
@@ -147,6 +149,7 @@ def check_fast_parity(
         rms_distance=ours_rms,
         eager_rms_distance=eager_rms,
         difference=difference,
+        expert_dtype=expert_dtype,
     )
 
 

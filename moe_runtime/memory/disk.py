@@ -6,7 +6,8 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,14 @@ import numpy as np
 import torch
 
 from moe_runtime.errors import ExpertReadError
+from moe_runtime.kernels.cpu.quantise import load_quantiser
 from moe_runtime.kernels.cpu.unpack import load_codec
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.packing import ITEM_BYTES, require_intact
+from moe_runtime.memory.quantised_blob import row_tensors
 from moe_runtime.memory.reader_pool import ReaderPool
-from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, StridedMove
+from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, RowsMove, StridedMove
 
 # One expert's reads must fill the disk's queue by themselves: with few misses in a layer nothing
 # else does. On a virtio disk, eight pieces of a 5.5 MB expert arrive in 0.9 of the time of two or
@@ -71,6 +74,7 @@ class DiskReader:
             raise
         self._chunk_bytes = chunk_bytes
         self._codec = load_codec()
+        self._quantise = load_quantiser()
         # Every plain read borrows one of these: all memory is known now.
         self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
         for _ in range(num_threads):
@@ -107,6 +111,9 @@ class DiskReader:
                 jobs += self._chunk_jobs(extent, blob)
             elif isinstance(extent.moves[0], BlockMove):
                 jobs += self._block_jobs(extent, blob)
+            elif isinstance(extent.moves[0], RowsMove):
+                file = self._files[extent.file]
+                jobs += [partial(self._read_rows, file, move, blob) for move in extent.moves]
             else:
                 jobs.append(lambda e=extent: self._read_strided(e, layout, blob))  # type: ignore[misc]
         assert jobs, "an expert without bytes"
@@ -198,9 +205,7 @@ class DiskReader:
     def _read_blocks(self, file: _OpenFile, moves: list[BlockMove], blob: Blob) -> None:
         offset = moves[0].file_offset
         num_bytes = moves[-1].file_offset + moves[-1].num_bytes - offset
-        is_large = num_bytes > self._chunk_bytes  # a single block of very long rows
-        buffer = _aligned_buffer(num_bytes + 2 * _PAGE_BYTES) if is_large else self._buffers.get()
-        try:
+        with self._buffer(num_bytes) as buffer:
             data = torch.from_numpy(self._read(file, offset, num_bytes, buffer))
             tasks = []
             for move in moves:
@@ -216,9 +221,38 @@ class DiskReader:
             # Past the caches: other experts may be computing out of them.
             status = self._codec.run(tasks, stream=True)
             require_intact(status, [move.block for move in moves], file.path)
+
+    def _read_rows(self, file: _OpenFile, move: RowsMove, blob: Blob) -> None:
+        with self._buffer(move.num_bytes) as buffer:
+            data = torch.from_numpy(self._read(file, move.file_offset, move.num_bytes, buffer))
+            if move.block is not None:
+                weights = torch.empty(move.block.num_elements * ITEM_BYTES, dtype=torch.uint8)
+                status = self._codec.run([move.block.task(data, weights)])
+                require_intact(status, [move.block], file.path)
+                data = weights
+            elif data.data_ptr() % ITEM_BYTES:  # a file may hold a tensor at an odd address
+                data = data.clone()
+            shape = (move.num_rows, move.num_columns)
+            values, scales = row_tensors(
+                torch.from_numpy(blob),
+                move.values_offset,
+                move.scales_offset,
+                *shape,
+                move.dtype,
+            )
+            self._quantise(data.view(torch.bfloat16).view(shape), move.dtype, values, scales)
+
+    @contextmanager
+    def _buffer(self, num_bytes: int) -> Iterator[mmap.mmap]:
+        """Room for a read of so many bytes: one of the pool's, or for very long rows a new one."""
+        if num_bytes > self._chunk_bytes:
+            yield _aligned_buffer(num_bytes + 2 * _PAGE_BYTES)
+            return
+        buffer = self._buffers.get()
+        try:
+            yield buffer
         finally:
-            if not is_large:
-                self._buffers.put(buffer)
+            self._buffers.put(buffer)
 
     def _read_plain(
         self,
@@ -228,13 +262,10 @@ class DiskReader:
         copies: list[tuple[int, int, int]],
         blob: Blob,
     ) -> None:
-        buffer = self._buffers.get()
-        try:
+        with self._buffer(num_bytes) as buffer:
             data = self._read(file, offset, num_bytes, buffer)
             for source, length, destination in copies:
                 np.copyto(blob[destination : destination + length], data[source : source + length])
-        finally:
-            self._buffers.put(buffer)
 
     def _read_strided(self, extent: Extent, layout: ExpertLayout, blob: Blob) -> None:
         file = self._files[extent.file]

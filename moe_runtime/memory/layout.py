@@ -1,14 +1,13 @@
 """How one expert's parameters stand in one contiguous blob."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
-from moe_runtime.kernels.scaled_blocks import ScaledFormat
-from moe_runtime.memory.packing import PackedBlock
-from moe_runtime.memory.safetensors_header import FileTensor
+from moe_runtime.kernels.cpu.matrix import Matrix
 
 # A cache line. CPU matrix kernels may sum in another order on weights that stand elsewhere in one,
 # so a weight's phase, its address modulo this, is part of what the unmodified model computes.
@@ -35,74 +34,37 @@ class ParameterSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class BlockPlace:
-    """A block at `offset` of a packed blob, which unpacks to `target_offset` of the plain one."""
+class CompactBlob(Protocol):
+    """How an expert stands in a blob that holds it packed or quantised."""
 
-    offset: int
-    target_offset: int
-    block: PackedBlock
+    @property
+    def num_bytes(self) -> int: ...
 
+    @property
+    def stored(self) -> "ExpertLayout | None":
+        """What is read into the blob as views of it; None where reads say by themselves."""
 
-@dataclass(frozen=True, slots=True)
-class BytePlace:
-    """`num_bytes` at `offset` of a packed blob that are the bytes at `target_offset`."""
+    def matrices(
+        self, parameters: Sequence[ParameterSpec], blob: torch.Tensor
+    ) -> dict[str, Matrix]:
+        """The weight matrices in `blob` (uint8), by name, as a kernel reads them there."""
 
-    offset: int
-    target_offset: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBlob:
-    """How an expert stands in a blob that holds it packed."""
-
-    blocks: tuple[BlockPlace, ...]
-    plain: tuple[BytePlace, ...]
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ScaledPart:
-    """A weight `[N, K]` of a parameter, which a blob holds as values and their scales.
-
-    It stands at `start` of the parameter, as `[K, N]` if `is_transposed`. `values` and `scales`
-    name parameters of the stored layout; `source` is where the scales come from.
-    """
-
-    parameter: str
-    format: ScaledFormat
-    start: tuple[int, int]
-    shape: tuple[int, int]
-    is_transposed: bool
-    values: str
-    scales: str
-    source: FileTensor
-
-
-@dataclass(frozen=True, slots=True)
-class ScaledBlob:
-    """How an expert stands in a blob that holds it quantised.
-
-    Parameters of which there is no part stand in `stored` as they compute.
-    """
-
-    stored: "ExpertLayout"
-    parts: tuple[ScaledPart, ...]
+    def expander(
+        self, parameters: Sequence[ParameterSpec], blob: torch.Tensor, plain: torch.Tensor
+    ) -> Callable[[], None]:
+        """What writes all parameters to `plain` as they compute elsewhere; may be called again."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertLayout:
     """The parameters of one expert in blob order (gate|up, down, biases ...).
 
-    With `packed` or `scaled`, a slot holds that blob, and `parameters` tell of what it unpacks or
-    dequantises to.
+    With `compact`, a slot holds that blob, and `parameters` tell of what it stands for.
     """
 
     parameters: tuple[ParameterSpec, ...]
     num_bytes: int  # of the plain blob, with alignment
-    packed: PackedBlob | None = None
-    scaled: ScaledBlob | None = None
+    compact: CompactBlob | None = None
 
     @classmethod
     def pack(
@@ -135,7 +97,8 @@ class ExpertLayout:
     @property
     def as_read(self) -> "ExpertLayout":
         """The parameters as they are read into a slot, which are views of it."""
-        return self if self.scaled is None else self.scaled.stored
+        stored = None if self.compact is None else self.compact.stored
+        return self if stored is None else stored
 
     @property
     def weight_bytes(self) -> int:

@@ -4,13 +4,8 @@ from dataclasses import replace
 from functools import lru_cache
 
 from moe_runtime.expert import ExpertKey
-from moe_runtime.memory.layout import (
-    ALIGNMENT_BYTES,
-    BlockPlace,
-    BytePlace,
-    ExpertLayout,
-    PackedBlob,
-)
+from moe_runtime.memory.layout import ALIGNMENT_BYTES, ExpertLayout
+from moe_runtime.memory.packed_blob import BlockPlace, BytePlace, PackedBlob
 from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, StridedMove, TensorMap
 
 
@@ -20,13 +15,14 @@ class PackedMap:
     def __init__(self, tensor_map: TensorMap) -> None:
         self._tensor_map = tensor_map
         self._plan = lru_cache(maxsize=None)(self._make_plan)
-        self.slot_bytes = max(map(self._blob_bytes, tensor_map.all_keys()))
+        self.slot_bytes = max(self._blob(key).num_bytes for key in tensor_map.all_keys())
 
     @classmethod
     def of(cls, tensor_map: TensorMap) -> "PackedMap | None":
         """None where experts cannot stay packed, or would not be smaller for it.
 
-        They cannot when an element is cast, transposed or gathered on its way into the slot.
+        They cannot when an element is cast, transposed or gathered on its way into the slot, or
+        when a row lies in pieces.
         """
         if not tensor_map.is_packed:
             return None
@@ -34,6 +30,11 @@ class PackedMap:
         if any(isinstance(extent.moves[0], StridedMove) for extent in extents):
             return None
         found = cls(tensor_map)
+        if not all(
+            found._blob(key).has_whole_rows(found.layout(key).parameters)
+            for key in tensor_map.all_keys()
+        ):
+            return None
         return found if found.slot_bytes < tensor_map.slot_bytes else None
 
     def extents(self, key: ExpertKey) -> tuple[Extent, ...]:
@@ -44,10 +45,10 @@ class PackedMap:
         """The packed blob, and the parameters that it unpacks to; the same object every time."""
         return self._plan(key)[1]
 
-    def _blob_bytes(self, key: ExpertKey) -> int:
-        packed = self.layout(key).packed
-        assert packed is not None
-        return packed.num_bytes
+    def _blob(self, key: ExpertKey) -> PackedBlob:
+        blob = self.layout(key).compact
+        assert isinstance(blob, PackedBlob)
+        return blob
 
     def _make_plan(self, key: ExpertKey) -> tuple[tuple[Extent, ...], ExpertLayout]:
         extents = []
@@ -67,4 +68,4 @@ class PackedMap:
                 end += -(-move.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
             extents.append(replace(extent, moves=tuple(moves)))  # type: ignore[arg-type]  # one kind
         packed = PackedBlob(tuple(blocks), tuple(plain), end)
-        return tuple(extents), replace(self._tensor_map.layout(key), packed=packed)
+        return tuple(extents), replace(self._tensor_map.layout(key), compact=packed)

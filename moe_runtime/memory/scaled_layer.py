@@ -7,8 +7,9 @@ import torch
 
 from moe_runtime.errors import CheckpointError
 from moe_runtime.memory.assembly import Assembly, Box, row_major, stack
-from moe_runtime.memory.layout import STORED_DTYPES, ExpertLayout, ScaledPart
+from moe_runtime.memory.layout import STORED_DTYPES, ExpertLayout
 from moe_runtime.memory.safetensors_header import FileTensor
+from moe_runtime.memory.scaled_blob import ScaledPart
 from moe_runtime.memory.scaled_tensor import ScaledTensor
 from moe_runtime.memory.tensor_map import LayerExperts, ScaledExperts
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from moe_runtime.expert import ExpertKey
-from moe_runtime.memory.layout import ExpertLayout, ScaledBlob
+from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.safetensors_header import FileTensor
+from moe_runtime.memory.scaled_blob import ScaledBlob
 from moe_runtime.memory.tensor_map import Extent, TensorMap
 
 
@@ -34,13 +35,13 @@ class ScaledMap:
     def _make_layout(self, key: ExpertKey) -> ExpertLayout:
         layer = self._tensor_map.layers[key.layer]
         stored = self._tensor_map.layout(key)
-        if layer.scaled is None:
-            return stored
+        if layer.scaled is None:  # beside layers that are
+            return replace(stored, compact=ScaledBlob(stored, ()))
         scaled = layer.scaled
         names = [spec.name for spec in scaled.computed.parameters]
         phases = [scaled.phases[name][key.expert] if scaled.phases else 0 for name in names]
         parts = tuple(replace(part, source=self._source(key, part.scales)) for part in scaled.parts)
-        return replace(scaled.computed.at(phases), scaled=ScaledBlob(stored, parts))
+        return replace(scaled.computed.at(phases), compact=ScaledBlob(stored, parts))
 
     def _source(self, key: ExpertKey, name: str) -> FileTensor:
         place = self._tensor_map.layers[key.layer].parameters[name]

@@ -1,6 +1,7 @@
 """The fixed memory that experts live in while they are cached."""
 
 import mmap
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ class Slots(Protocol):
     def commit(self, slot: int, blob: Blob) -> None:
         """Make what was read into `blob` the content of `slot`."""
 
-    def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
+    def views(self, slot: int, layout: ExpertLayout) -> Mapping[str, torch.Tensor]:
         """The parameters in `slot`, by name; valid until the slot is reused.
 
         Of more than `max_views` slots, the oldest views are overwritten.

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from moe_runtime.expert import ExpertKey
+from moe_runtime.kernels.quantise import QuantisedDtype
 from moe_runtime.memory.assembly import Assembly, Box, row_major
-from moe_runtime.memory.layout import STORED_DTYPES, ExpertLayout, ParameterSpec, ScaledPart
+from moe_runtime.memory.layout import STORED_DTYPES, ExpertLayout, ParameterSpec
 from moe_runtime.memory.packing import ITEM_BYTES, PackedBlock, PackedTensor
+from moe_runtime.memory.scaled_blob import ScaledPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +55,39 @@ class BlockMove:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsMove:
+    """bfloat16 rows of a matrix that become int8 or int4 ones on their way into the blob.
+
+    With `block` they are packed in the file. Offsets are those of the first row's values and scale.
+    """
+
+    file_offset: int
+    num_bytes: int
+    num_rows: int
+    num_columns: int
+    dtype: QuantisedDtype
+    values_offset: int
+    scales_offset: int
+    block: PackedBlock | None
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
     """A run of bytes of one file, read in one piece, and the moves that it serves.
 
+    Rows that are quantised are read run by run.
     Strided moves out of packed `blocks` count from `offset` in the bytes that these unpack to.
     """
 
     file: Path
     offset: int
     num_bytes: int
-    moves: tuple[ByteMove, ...] | tuple[BlockMove, ...] | tuple[StridedMove, ...]
+    moves: (
+        tuple[ByteMove, ...]
+        | tuple[BlockMove, ...]
+        | tuple[RowsMove, ...]
+        | tuple[StridedMove, ...]
+    )
     blocks: tuple[PackedBlock, ...] = ()
 
 

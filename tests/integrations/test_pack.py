@@ -19,6 +19,7 @@ from moe_runtime.errors import (
 )
 from moe_runtime.integrations.transformers import pack as pack_module
 from moe_runtime.integrations.transformers.pack import pack_model
+from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.measure.inspection import inspect_model
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.packing import PackedTensor
@@ -62,8 +63,10 @@ def copy(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
-def load(folder: Path, kind: str = "auto", expert_memory: str = "60%") -> PreTrainedModel:
-    return moe_runtime.load(folder, expert_memory=expert_memory, expert_slots=kind)
+def load(
+    folder: Path, kind: str = "auto", expert_memory: str = "60%", *, exact: bool = False
+) -> PreTrainedModel:
+    return moe_runtime.load(folder, expert_memory=expert_memory, expert_slots=kind, exact=exact)
 
 
 def same_files(one: Path, other: Path) -> bool:
@@ -87,6 +90,18 @@ def test_outputs_equal_in_every_bit(family: str, tmp_path: Path) -> None:
         moe_runtime.handle(model).close()
     unpack_folder(tmp_path / "packed", tmp_path / "back")
     assert same_files(tmp_path / "model", tmp_path / "back")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_prompts_with_many_rows_of_an_expert(exact: bool, sharded: Path, packed: Path) -> None:
+    """Law: what torch computes of packed slots is expanded first, and has the same bits."""
+    ids = torch.arange(3, 63).view(2, 30)
+    plain = logits_of(load(sharded, exact=exact), ids)
+    model = load(packed, "packed", exact=exact)
+    assert torch.equal(logits_of(model, ids), plain)
+    assert torch.equal(
+        logits_of(model, ids[:1, :1]), logits_of(load(sharded, exact=exact), ids[:1, :1])
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,18 +173,30 @@ def test_slots_and_room_stay_within_the_budget(memory: str, kind: str, packed: P
 
 
 def test_experts_stay_packed_where_they_do_not_fit_otherwise(tmp_path: Path) -> None:
-    """Law: with many experts a token, packed slots and room for one are the smaller floor."""
+    """Law: a kernel computes from packed slots; exact code needs room for one unpacked expert.
+
+    With many experts a token that is still the smaller floor.
+    """
     settings = {"num_local_experts": 8, "num_experts_per_tok": 8, "intermediate_size": 512}
     save_mixtral(tmp_path / "model", hidden_size=128, **settings)
     cast_to_bfloat16(tmp_path / "model")
     pack_model(tmp_path / "model", tmp_path / "packed")
     plain, ours = inspect_model(tmp_path / "model"), inspect_model(tmp_path / "packed")
     assert ours.floor_bytes < plain.floor_bytes
+    exact = moe_runtime.handle(load(tmp_path / "packed", exact=True)).budget.floor_bytes
+    assert exact < plain.floor_bytes
+    has_kernel = ours.floor_bytes < exact
+    assert has_kernel == (CpuExperts.load(torch.bfloat16) is not None)
     ids = torch.tensor([[7, 50, 60]])
-    expected = logits_of(load(tmp_path / "model"), ids)
-    for memory, kind in [(ours.floor_bytes, "packed"), (plain.floor_bytes, "unpacked")]:
-        model = load(tmp_path / "packed", "auto", str(memory))
+    for memory, is_exact, kind in [
+        (ours.floor_bytes, False, "packed"),
+        (plain.floor_bytes, False, "packed" if has_kernel else "unpacked"),
+        (exact, True, "packed"),
+        (plain.floor_bytes, True, "unpacked"),
+    ]:
+        model = load(tmp_path / "packed", "auto", str(memory), exact=is_exact)
         assert moe_runtime.handle(model).report()["settings"]["expert_slots"] == kind
+        expected = logits_of(load(tmp_path / "model", exact=is_exact), ids)
         assert torch.equal(logits_of(model, ids), expected)
 
 
@@ -180,7 +207,7 @@ def test_the_smallest_budget_runs(packed: Path) -> None:
     with pytest.raises(BudgetError, match=f"set expert_memory={floor} or more"):
         load(packed, "auto", str(floor - 1))
     with pytest.raises(BudgetError, match="below the floor"):
-        load(packed, "packed", str(floor))  # two experts a token: room to unpack costs more
+        load(packed, "packed", str(floor), exact=True)  # exact code needs room to unpack
 
 
 def test_inspect_says_what_is_packed(sharded: Path, packed: Path) -> None:

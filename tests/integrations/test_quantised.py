@@ -20,7 +20,7 @@ from moe_runtime.expert import ExpertKey
 from moe_runtime.integrations.gguf import write_gguf
 from moe_runtime.integrations.transformers.pack import pack_model
 from moe_runtime.measure.inspection import inspect_model
-from moe_runtime.memory.scaled_slots import ScaledSlots
+from moe_runtime.memory.compact_slots import CompactSlots
 from tests.command_line import run_here
 from tests.quantised_checkpoints import (
     CUT,
@@ -146,7 +146,7 @@ def test_slots_hold_experts_as_they_are_stored(folder: Callable[[str], Path], na
     budget, slots = handle.budget, handle.engine.slots
     assert budget.holds_all
     assert f", {name}) on disk, all at a time" in handle.placement()
-    assert isinstance(slots, ScaledSlots)
+    assert isinstance(slots, CompactSlots)
     tensors = tensors_of(path)
     prefix = "model.layers.1.mlp.experts."
     experts = {n: t for n, t in tensors.items() if n.startswith(prefix)}

@@ -1,5 +1,7 @@
 """The rule of the fast path: float32 tokens equal, bf16 logits no further off than eager's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,6 +27,15 @@ def parity(
         eager_rms_distance=eager,
         difference="" if equal else "token 3 of prompt 0 is 5 and should be 6",
     )
+
+
+def test_rounded_experts_are_called_lossy() -> None:
+    """Law: a verdict names what was rounded, and the remedy of a bad one is to leave that out."""
+    lossy = replace(parity(ours=9.0), expert_dtype="int8")
+    assert parity().as_dict()["mode"] == "fast"
+    assert lossy.as_dict()["mode"] == "lossy, int8 experts"
+    with pytest.raises(ParityError, match="int8 experts are lossy: leave out --expert-dtype"):
+        lossy.require()
 
 
 def test_within_the_ratio_is_right() -> None:

@@ -3,11 +3,14 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from moe_runtime.errors import BudgetError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.kernels.quantise import QUANTISED_DTYPES, QuantisedDtype
 from moe_runtime.memory.packed_map import PackedMap
+from moe_runtime.memory.quantised_map import QuantisedMap
 from moe_runtime.memory.scaled_map import ScaledMap
 from moe_runtime.memory.tensor_map import TensorMap
 
@@ -17,19 +20,20 @@ _RESERVE_SHARE = 0.1
 
 
 SLOT_KINDS = ("auto", "packed", "unpacked")
+EXPERT_DTYPES = ("auto", *QUANTISED_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
 class SlotKind:
-    """What a slot holds: an expert as it computes; or a packed or quantised one, and room for one.
+    """What a slot holds: an expert as it is elsewhere, or as `blobs` has it.
 
-    `room_bytes` stand beside the slots: that expert as it computes.
+    `room_bytes` are for one expanded expert beside them, where nothing computes from `blobs`.
     """
 
+    name: str  # "unpacked", "packed", a quantised dtype, or the formats of the files
     slot_bytes: int
-    packed: PackedMap | None = None
+    blobs: PackedMap | QuantisedMap | ScaledMap | None = None
     room_bytes: int = 0
-    scaled: ScaledMap | None = None
 
     def num_slots(self, budget_bytes: int) -> int:
         """Slots within so many bytes."""
@@ -76,23 +80,48 @@ def floor_slots(sites: Sequence[ExpertSite]) -> int:
 
 
 def slot_kinds(
-    tensor_map: TensorMap, wanted: str = "auto", device: int | str = "cpu"
+    tensor_map: TensorMap,
+    wanted: str = "auto",
+    device: int | str = "cpu",
+    *,
+    expert_dtype: str = "auto",
+    computes_compact: bool,
 ) -> list[SlotKind]:
-    """What slots may hold, the natural first. Raises UnsupportedModelError.
+    """What slots may hold, the best first. Raises UnsupportedModelError.
 
-    `wanted` is one of SLOT_KINDS. Experts stay packed in host memory alone.
+    `wanted` is one of SLOT_KINDS and `expert_dtype` of EXPERT_DTYPES. `computes_compact`: whether
+    kernels compute from packed and quantised rows, in all layers. Both are in host memory alone.
     """
-    if wanted not in SLOT_KINDS:
-        raise ValueError(f"expert_slots {wanted!r} is unknown; choose from {', '.join(SLOT_KINDS)}")
+    for name, value, choices in (
+        ("expert_slots", wanted, SLOT_KINDS),
+        ("expert_dtype", expert_dtype, EXPERT_DTYPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
     scaled = ScaledMap.of(tensor_map)
     if scaled is not None and device != "cpu":
         raise UnsupportedModelError(
             f"quantised experts ({', '.join(tensor_map.formats())}) run on the CPU alone so far; "
             "load the model there, or use its bfloat16 checkpoint"
         )
-    if scaled is not None and wanted != "packed":
-        return [SlotKind(scaled.slot_bytes, scaled=scaled, room_bytes=scaled.computed_bytes)]
-    plain = SlotKind(tensor_map.slot_bytes)
+    if scaled is not None and wanted != "packed" and expert_dtype == "auto":
+        name = "+".join(tensor_map.formats())
+        return [SlotKind(name, scaled.slot_bytes, scaled, scaled.computed_bytes)]
+    room_bytes = 0 if computes_compact else tensor_map.slot_bytes
+    if expert_dtype != "auto":
+        if wanted != "auto":
+            raise ValueError(
+                f"expert_dtype={expert_dtype!r} says what slots hold, and so does "
+                f"expert_slots={wanted!r}; leave out one of them"
+            )
+        if device != "cpu":
+            raise UnsupportedModelError(
+                f"expert_dtype={expert_dtype!r} is for slots in host memory, and the experts are "
+                f"on device {device}; leave it out, or compute on the CPU"
+            )
+        quantised = QuantisedMap(tensor_map, cast(QuantisedDtype, expert_dtype))
+        return [SlotKind(expert_dtype, quantised.slot_bytes, quantised, room_bytes)]
+    plain = SlotKind("unpacked", tensor_map.slot_bytes)
     may_keep = wanted != "unpacked" and device == "cpu"
     packed = PackedMap.of(tensor_map) if may_keep else None
     if packed is None:
@@ -103,8 +132,10 @@ def slot_kinds(
                 "leave expert_slots out"
             )
         return [plain]
-    kept = SlotKind(packed.slot_bytes, packed, tensor_map.slot_bytes)
-    return [kept] if wanted == "packed" else [plain, kept]
+    kept = SlotKind("packed", packed.slot_bytes, packed, room_bytes)
+    if wanted == "packed":
+        return [kept]
+    return [kept, plain] if computes_compact else [plain, kept]
 
 
 def smallest_bytes(kinds: Sequence[SlotKind], sites: Sequence[ExpertSite]) -> int:
@@ -122,17 +153,27 @@ def plan_budget(
     max_memory: Mapping[int | str, int | str] | None = None,
     device: int | str = "cpu",
     expert_slots: str = "auto",
+    expert_dtype: str = "auto",
+    computes_compact: bool = False,
 ) -> Budget:
     """Slots within `expert_memory`, and within `max_memory[device]` once dense weights are paid.
 
     `available_bytes` is what is free before the dense weights load. Raises BudgetError, saying the
     floor, when too little is left for the experts of one token, and when the budget exceeds what
-    is free. Under 'auto', packed experts are unpacked into slots unless only packed ones fit: on a
-    disk of 1.1 GB/s, unpacking at each use costs as much time as the additional hits save.
+    is free. Under 'auto', packed experts stay packed where a kernel computes from them: more of
+    them fit, and fewer bytes are faster. Elsewhere they are unpacked into slots unless only packed
+    ones fit: unpacking at each use costs as much time as the additional hits save.
     """
-    kinds = slot_kinds(tensor_map, expert_slots, device)
+    kinds = slot_kinds(
+        tensor_map,
+        expert_slots,
+        device,
+        expert_dtype=expert_dtype,
+        computes_compact=computes_compact,
+    )
     total_bytes = tensor_map.num_experts * tensor_map.slot_bytes
-    total_bytes += kinds[0].room_bytes if kinds[0].scaled else 0  # '100%' means all of them
+    if isinstance(kinds[0].blobs, ScaledMap):  # '100%' means all of them
+        total_bytes += kinds[0].room_bytes
     free = available_bytes - dense_bytes
     free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from moe_runtime.fast_layer import FastMath
 from moe_runtime.integrations.transformers.fast import fast_math
 from moe_runtime.integrations.transformers.proof import Prover, prove_math
 from moe_runtime.integrations.transformers.sites import ExpertSite
@@ -35,3 +36,8 @@ def choose_maths(
         math = prove_math(site.module, dtype)
         maths.append(None if math is None else fast_math(site.module, math, dtype, device))
     return maths
+
+
+def computes_compact(maths: Iterable[LayerMath | None]) -> bool:
+    """Whether every layer's experts are computed from packed and quantised rows as they are."""
+    return all(isinstance(math, FastMath) for math in maths)

@@ -30,6 +30,7 @@ from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
+from moe_runtime.memory.quantised_map import QuantisedMap
 
 _ATTRIBUTE = "_moe_runtime_handle"
 
@@ -124,6 +125,7 @@ class Handle:
                 "expert_budget_bytes": self.budget.budget_bytes,
                 "expert_used_bytes": self.budget.used_bytes,
                 "expert_total_bytes": self.budget.expert_total_bytes,
+                "expert_bytes": self.budget.expert_total_bytes // self.budget.num_experts,
                 "expert_floor_bytes": self.budget.floor_bytes,
                 "dense_bytes": self._dense_bytes,
                 "mapped_bytes": self._mapped_bytes,
@@ -136,14 +138,11 @@ class Handle:
                 "packed_on_disk": self.settings.packed_on_disk,
                 "quantisation": self.settings.quantisation,
                 "dequant": dequant_status() if self.settings.quantisation else None,
-                "expert_slots": self._slot_kind(),
+                "expert_slots": self.budget.kind.name,
                 "unpack": unpack_status() if self.settings.packed_on_disk else None,
                 "experts": self._expert_paths(),
             },
         }
-
-    def _slot_kind(self) -> str:
-        return "unpacked" if self.budget.kind.packed is None else "packed"
 
     def placement(self) -> str:
         """One line: what lives where."""
@@ -152,7 +151,9 @@ class Handle:
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
         packed = "packed " if self.settings.packed_on_disk else ""
         stored = f", {self.settings.quantisation}" if self.settings.quantisation else ""
-        kept = f"of {self._slot_kind()} slots " if self.settings.packed_on_disk else ""
+        kind = self.budget.kind
+        is_worth_saying = self.settings.packed_on_disk or isinstance(kind.blobs, QuantisedMap)
+        kept = f"of {kind.name} slots " if is_worth_saying else ""
         return (
             f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
             f"({format_bytes(budget.expert_total_bytes)}{stored}) {packed}on disk, "
@@ -170,6 +171,11 @@ class Handle:
         """
         if self._is_restored:
             return
+        if isinstance(self.budget.kind.blobs, QuantisedMap):
+            raise OffloadedExpertsError(
+                f"experts that were rounded to {self.budget.kind.name} cannot be restored; "
+                "load the model again without expert_dtype"
+            )
         needed = sum(
             site.num_experts * self.engine.tensor_map.layers[layer].computed.weight_bytes
             for layer, site in enumerate(self._sites)
@@ -216,7 +222,9 @@ class Handle:
             return "module list"
         maths = [module._math for module in fused if isinstance(module, OffloadedExperts)]
         paths = ("torch, family's forward" if math is None else math.path for math in maths)
-        return "; ".join(dict.fromkeys(paths))
+        names = "; ".join(dict.fromkeys(paths))
+        kind = self.budget.kind
+        return names if kind.blobs is None else f"{names}, from {kind.name} slots"
 
     def _attach(self, layer: int, site: ExpertSite, math: LayerMath | None) -> None:
         slot_like = torch.empty(0, dtype=site.parameters[0].dtype, device=self._device)

@@ -18,12 +18,11 @@ from moe_runtime.integrations.transformers.handle import Handle, Settings
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.assembly import Assembly, row_major, stack
+from moe_runtime.memory.compact_slots import CompactSlots
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
 from moe_runtime.memory.mapped_tensor import MappedTensor
-from moe_runtime.memory.packed_slots import PackedSlots
 from moe_runtime.memory.scaled_layer import is_scaled, scaled_layer
-from moe_runtime.memory.scaled_slots import ScaledSlots
 from moe_runtime.memory.slots import Slots, allocate_slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 
@@ -117,12 +116,15 @@ def install(
     eviction = make_policy(policy, tensor_map)
     reader = DiskReader(tensor_map.files(), direct=direct)
     try:
-        slots = _slots(budget, tensor_map, device)
+        slots: Slots = (
+            allocate_slots(budget.num_slots, budget.slot_bytes, device)
+            if budget.kind.blobs is None
+            else CompactSlots(budget.num_slots, budget.slot_bytes, budget.kind.room_bytes)
+        )
     except BaseException:
         reader.close()
         raise
-    blobs = budget.kind.packed or budget.kind.scaled
-    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=blobs)
+    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=budget.kind.blobs)
     settings = Settings(
         policy=eviction.name,
         dtype=str(tensor_map.dtype).removeprefix("torch."),
@@ -144,15 +146,6 @@ def install(
         device=device,
         spill_folder=spill_folder,
     )
-
-
-def _slots(budget: Budget, tensor_map: TensorMap, device: torch.device) -> Slots:
-    kind = budget.kind
-    if kind.scaled is not None:
-        return ScaledSlots(budget.num_slots, budget.slot_bytes, kind.scaled.computed_bytes)
-    if kind.packed is not None:
-        return PackedSlots(budget.num_slots, budget.slot_bytes, tensor_map.slot_bytes)
-    return allocate_slots(budget.num_slots, budget.slot_bytes, device)
 
 
 def dense_bytes_of(root: nn.Module, sites: Sequence[ExpertSite]) -> int:

@@ -2,7 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
-from moe_runtime.integrations.transformers.choice import choose_maths
+from moe_runtime.integrations.transformers.choice import choose_maths, computes_compact
 from moe_runtime.integrations.transformers.install import (
     check_policy,
     install,
@@ -41,6 +42,7 @@ def load(
     expert_memory: str | int | float = "auto",
     policy: str | EvictionPolicy = "lru",
     expert_slots: str = "auto",
+    expert_dtype: str = "auto",
     page_cache: bool = False,
     exact: bool = False,
     linears: bool = False,
@@ -60,8 +62,10 @@ def load(
     (all if they fit what is free, else what fits), '512MiB', '33%', 0.33 (a share of all expert
     bytes) or bytes. `policy` is 'lru', 'lfu', 'plec', or a policy of moe_runtime.cache. Reads
     bypass the page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay
-    so in memory, where a third more of them fit, and be unpacked at each use: `expert_slots` is
-    'packed', 'unpacked', or 'auto', which is 'unpacked' unless only packed ones fit.
+    so in memory, where a third more of them fit, and be computed from as they are: `expert_slots`
+    is 'packed', 'unpacked', or 'auto', which is 'packed' where a kernel does that. `expert_dtype`
+    'int8' or 'int4' rounds bfloat16 experts when they are read, so that twice or 3.5 times as many
+    fit in memory: a lossy choice, which is never made for you, and refused with `exact`.
     Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory, and one at a time is
     dequantised when it is used; its other fp8 weights take the model's dtype while loading.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
@@ -81,6 +85,11 @@ def load(
             "linears=True rounds otherwise than the unmodified model and exact=True asks for its "
             "bits; leave out one of them"
         )
+    if exact and expert_dtype != "auto":
+        raise ValueError(
+            f"expert_dtype={expert_dtype!r} changes the weights and exact=True asks for the "
+            "unmodified model's bits; leave out one of them"
+        )
     memory = ExpertMemory.parse(expert_memory)
     device = _single_device(device_map)
     resolved = resolve_model(
@@ -94,7 +103,7 @@ def load(
     )
     _refuse_unknown(from_pretrained_kwargs, resolved.config)
     checkpoint = resolved.open_checkpoint()
-    plan = _Plan(checkpoint, memory, max_memory, device, expert_slots, exact=exact)
+    plan = _Plan(checkpoint, memory, max_memory, device, expert_slots, expert_dtype, exact=exact)
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
     wants_info = from_pretrained_kwargs.pop("output_loading_info", False)
     try:
@@ -140,6 +149,12 @@ def load(
     )
     if linears:
         speed_up_linears(result)
+    if expert_dtype != "auto":
+        warnings.warn(
+            f"experts are rounded to {expert_dtype} when they are read: outputs differ from the "
+            "unmodified model's",
+            stacklevel=2,
+        )
     logger.info("%s: %s", model, handle.placement())
     return (result, info) if wants_info else result  # type: ignore[return-value]
 
@@ -165,10 +180,12 @@ class _Plan:
         max_memory: Mapping[int | str, int | str] | None,
         device: torch.device,
         expert_slots: str,
+        expert_dtype: str,
         *,
         exact: bool,
     ) -> None:
         self._expert_slots = expert_slots
+        self._expert_dtype = expert_dtype
         self._exact = exact
         self.made: _Made | None = None
         self.mapped: dict[str, MappedTensor] = {}  # by name, as they are read
@@ -183,6 +200,9 @@ class _Plan:
         """Remove experts from `model`; returns the dense tensors left to load."""
         found = survey(model, load_config, self._checkpoint)
         accelerated = self._device.type != "cpu"
+        maths = choose_maths(found.sites, found.dtypes, self._device, exact=self._exact)
+        if self._expert_dtype != "auto":
+            _refuse_columns(found.sites, self._expert_dtype)
         budget = plan_budget(
             self._memory,
             found.tensor_map,
@@ -192,8 +212,9 @@ class _Plan:
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
             expert_slots=self._expert_slots,
+            expert_dtype=self._expert_dtype,
+            computes_compact=computes_compact(maths),
         )
-        maths = choose_maths(found.sites, found.dtypes, self._device, exact=self._exact)
         for site in found.sites:
             _empty(site)
         self._scaled_dtypes = found.scaled_dtypes
@@ -246,6 +267,16 @@ def _empty(site: ExpertSite) -> None:
             owner = module.get_submodule(path)
             owner._parameters[attribute] = None
             owner.__dict__["_is_hf_initialized"] = True
+
+
+def _refuse_columns(sites: Sequence[ExpertSite], expert_dtype: str) -> None:
+    """Rows of transposed weights are inputs, and scales belong to outputs."""
+    for site in sites:
+        if getattr(site.module, "is_transposed", False):
+            raise UnsupportedModelError(
+                f"expert_dtype={expert_dtype!r} rounds rows of outputs, and {site.name} holds its "
+                "weights transposed; leave expert_dtype out"
+            )
 
 
 def _single_device(device_map: Any) -> torch.device:

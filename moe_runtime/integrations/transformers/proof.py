@@ -153,7 +153,7 @@ def small_copy(
             shape[at] = min(shape[at], _FFN * (2 if module.has_gate and is_output else 1))
         values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         small._parameters[name] = nn.Parameter(values.to(dtype), requires_grad=False)
-    weights = [
+    weights: list[Weights] = [
         {name: p[expert] for name, p in small._parameters.items() if p is not None}
         for expert in range(_NUM_EXPERTS)
     ]

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_runtime.errors import ProbeError
 from moe_runtime.kernels.cpu.experts import CpuExperts
-from moe_runtime.measure.bench import expert_steps
+from moe_runtime.measure.bench import expert_forms, expert_steps
+from moe_runtime.measure.bench.expert_forms import measure_forms
 from moe_runtime.measure.bench.expert_steps import measure_steps
 from moe_runtime.measure.bench.resident_decode import measure_resident, random_model
 from tests.command_line import run_here
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.skipif(CpuExperts.load(torch.bfloat16) is None, reason=
 @pytest.fixture(autouse=True)
 def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_steps, "_POOL_BYTES", 2**20)
+    monkeypatch.setattr(expert_forms, "_POOL_BYTES", 2**20)
 
 
 def test_steps_are_paired_with_reads_of_as_many_bytes() -> None:
@@ -36,6 +39,19 @@ def test_steps_are_paired_with_reads_of_as_many_bytes() -> None:
     for one in shares:
         assert one.step_bytes == one.num_experts * 6 * 64 * 96
         assert one.share.median > 0
+
+
+def test_forms_take_turns_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: packed, int8 and int4 experts of the same weights, with the share of bytes they have."""
+    preset = small_preset("olmoe-1b-7b")
+    forms = measure_forms(preset, rounds=2, on_round=lambda *_: None)
+    assert [form.form for form in forms] == ["packed", "int8", "int4"]
+    for one, share in zip(forms, (0.76, 0.52, 0.30), strict=True):
+        assert share - 0.05 < one.share_of_bytes < share + 0.03
+        assert one.speedup.median > 0
+    monkeypatch.setattr(expert_forms, "available_memory_bytes", lambda: 2**20)
+    with pytest.raises(ProbeError, match=r"bfloat16 experts of .* choose smaller shapes"):
+        measure_forms(preset, rounds=2, on_round=lambda *_: None)
 
 
 def test_all_variants_take_part_and_agree() -> None:
@@ -76,9 +92,11 @@ def test_the_command_prints_one_object(capsys: Capsys, monkeypatch: pytest.Monke
     found = json.loads(outcome.out)
     assert found["gpu"] is None
     assert len(found["steps"]) == 5
+    assert [form["form"] for form in found["forms"]] == ["packed", "int8", "int4"]
     assert found["resident"]["shape"] == "tiny"
     table = run_here(capsys, *words, "--steps-only")
     assert "share of reads" in table.out
+    assert "times as fast" in table.out
     assert "GPU: not measured" in table.err
 
 
