@@ -1,6 +1,7 @@
 """One expert on its way from disk into a slot."""
 
 import threading
+from collections.abc import Callable
 
 
 class ExpertLoad:
@@ -21,24 +22,24 @@ class ExpertLoad:
         self._is_done = False
 
     def begin(self, num_reads: int) -> None:
-        """Expect `num_reads` calls of `finish_one`, and `close` after the last."""
+        """Expect `num_reads` calls of `account`."""
         self._remaining = num_reads
         self._gate.acquire()
         self._has_begun = True
 
-    def finish_one(self, error: BaseException | None = None) -> bool:
-        """Count one read as over; True, once, if it was the last: the caller must then close."""
+    def account(self, error: BaseException | None, on_complete: Callable[[], None] | None) -> None:
+        """One read is over; after the last one, `on_complete` runs and waiters wake."""
         with self._lock:
             self._remaining -= 1
             self._error = self._error or error
-            return self._remaining == 0
-
-    def fail(self, error: BaseException) -> None:
-        """Record an error that happened after the reads."""
-        self._error = self._error or error
-
-    def close(self) -> None:
-        """Wake the waiters; called once, after the last read and what follows it."""
+            is_last = self._remaining == 0
+        if not is_last:
+            return
+        if self._error is None and on_complete is not None:
+            try:
+                on_complete()
+            except BaseException as caught:
+                self._error = caught
         self._is_done = True
         self._gate.release()
 
