@@ -107,7 +107,7 @@ class DiskReader:
         pieces = self._pieces(extents, layout, blob)
         read_now(self._pool, pieces, load, on_complete)
 
-    def submit_ahead(
+    def ahead_read(
         self,
         extents: tuple[Extent, ...],
         layout: ExpertLayout,
@@ -115,13 +115,8 @@ class DiskReader:
         load: ExpertLoad,
         on_complete: Callable[[], None] | None = None,
     ) -> AheadRead:
-        """Read one expert into `blob` while nothing that was demanded waits.
-
-        Nobody may wait for `load` before `ahead.promote`. If this raises, nothing writes to `blob`.
-        """
-        read = AheadRead(self._pieces(extents, layout, blob), load, on_complete)
-        self.ahead.append(read)
-        return read
+        """One expert for the line `ahead`, which nothing reads before it is put there."""
+        return AheadRead(self._pieces(extents, layout, blob), load, on_complete)
 
     def close(self) -> None:
         """Finish the reads under way, end the threads and close the files."""
