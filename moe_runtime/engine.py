@@ -141,6 +141,28 @@ class ExpertEngine:
                 self._pinned = frozenset()
                 self._begin_ahead(plan)
 
+    def warm(self, keys: Sequence[ExpertKey]) -> None:
+        """Begin to read `keys`, the hottest first, into free slots, behind all demand."""
+        with self._turn:
+            free = [key for key in keys if key not in self.cache][: self.slots.num_slots]
+            self._is_planning = True
+            for key in free:
+                read = self.cache.prefetch(key, frozenset(), lambda key, victim: False)
+                if read is None:
+                    break
+                self._start_ahead(key, read[0])
+            for key in reversed(free):  # the hottest is the last to leave
+                if key in self.cache:
+                    self.cache.policy.touch(key)
+            self._is_planning = False
+
+    def give_up_all(self) -> list[ExpertKey]:
+        """Empty the books; returns what was in slots, in reverse order of how it would leave."""
+        with self._turn:
+            keys = self.cache.give_up_all()
+            self._is_planning = True  # slots and books disagree: the next layer starts anew
+            return keys
+
     def start_clock(self) -> None:
         """What passed since the last layer was no time in which a forward ran."""
         self._idle_since = time.perf_counter()

@@ -49,7 +49,7 @@ class ExpertCache:
         assert self.num_slots > 0, self.num_slots
         self._free = list(range(self.num_slots - 1, -1, -1))
 
-    def __contains__(self, key: ExpertKey) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._slots
 
     def __len__(self) -> int:
@@ -146,6 +146,14 @@ class ExpertCache:
             self._demoted.pop(key, None)
             self.policy.forget(key)
             self._free.append(slot)
+
+    def give_up_all(self) -> list[ExpertKey]:
+        """Forget every key, in the order in which it would be evicted; returns the last first."""
+        leaving: list[ExpertKey] = []
+        while (key := self._victim(frozenset())) is not None:
+            self._free.append(self._evict(key))
+            leaving.append(key)
+        return leaving[::-1]
 
     def clear(self) -> None:
         """Forget every key, also after an interrupt that left `decide` half done."""

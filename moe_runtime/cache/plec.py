@@ -77,6 +77,15 @@ class PLECPolicy:
             predictions = Predictions.of(predictions, self._advice.shape)
         self._predictions = predictions
 
+    def state(self) -> dict[str, Array]:
+        """What was learnt, as arrays that `restore` takes; not who is resident."""
+        return self._model.state()
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on with what another run learnt, or raise KeyError or ValueError."""
+        self._model.restore(state)
+        self._expected = None
+
     def wanted(self) -> list[ExpertKey]:
         """Absent keys worth a fetch ahead: most probability over visits until the use first."""
         probability = sigmoid(_mixed(self._model.next_log_odds, self._advice, self._trust))

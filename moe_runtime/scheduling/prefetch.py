@@ -6,7 +6,7 @@ L MoE layers, E experts a layer. Numbers and keys only: the same rules serve run
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from moe_runtime.cache.predictions import LEAST_PREFETCHED, Predictions
 from moe_runtime.expert import ExpertKey
 
 
+@runtime_checkable
 class Outlook(Protocol):
     """Who is expected when."""
 
@@ -70,11 +71,13 @@ class Forecaster:
     """Tells a cache's policy what is predicted, and asks it, or `PredictedUse`, who is wanted."""
 
     def __init__(self, cache: ExpertCache, num_layers: int, num_experts: int) -> None:
-        policy: EvictionPolicy = cache.policy
-        self._policy = policy
-        own: Outlook | None = policy if _has_outlook(policy) else None
-        self._predicted = PredictedUse(num_layers, num_experts, cache) if own is None else None
-        self._outlook: Outlook = own if self._predicted is None else self._predicted  # type: ignore[assignment]
+        self._policy: EvictionPolicy = cache.policy
+        self._predicted: PredictedUse | None = None
+        self._outlook: Outlook
+        if isinstance(cache.policy, Outlook):
+            self._outlook = cache.policy
+        else:
+            self._outlook = self._predicted = PredictedUse(num_layers, num_experts, cache)
 
     def advise(self, predictions: Predictions, layer: int) -> None:
         """Before the visit of `layer`, of what follows it; -1: before the first layer."""
@@ -88,10 +91,6 @@ class Forecaster:
 
     def is_worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
         return self._outlook.is_sooner(key, victim)
-
-
-def _has_outlook(policy: EvictionPolicy) -> bool:
-    return hasattr(policy, "wanted") and hasattr(policy, "is_sooner")
 
 
 def reads_that_fit(idle_seconds: float, read_seconds: float) -> int:

@@ -15,10 +15,13 @@ from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
 from moe_runtime.integrations.transformers.choice import choose_maths
-from moe_runtime.integrations.transformers.install import (
-    check_policy,
-    install,
+from moe_runtime.integrations.transformers.foresee import (
+    Origin,
+    check_predictor,
+    foresee,
+    start_warm,
 )
+from moe_runtime.integrations.transformers.install import check_policy, install
 from moe_runtime.integrations.transformers.linears import speed_up_linears
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
@@ -52,6 +55,8 @@ def load(
     page_cache: bool = False,
     exact: bool = False,
     linears: bool = False,
+    predictor: str | Path = "off",
+    warm_start: bool | str | Path = False,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -73,15 +78,21 @@ def load(
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
+    `predictor` says what a token will need, so that the disk reads it while layers compute: 'auto'
+    (the model's own routers, a layer or two ahead, where they are found), 'gate_lookahead' (the
+    same, or an error), a file of `moe-runtime predictor train`, or 'off'. It reads only while that
+    gains time, and changes no output. `warm_start` keeps what was in memory at close() for the next
+    start: True in the user's cache folder, or a folder; False to start empty.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
-    files), UnsupportedModelError (no experts, quantised, unknown family) and TypeError (unknown
-    argument).
+    files), UnsupportedModelError (no experts, quantised, unknown family), PredictorError (damaged,
+    or of another model) and TypeError (unknown argument).
     """
     check_policy(policy)
+    check_predictor(predictor)
     if exact and linears:
         raise ValueError(
             "linears=True rounds otherwise than the unmodified model and exact=True asks for its "
@@ -146,6 +157,10 @@ def load(
     )
     if linears:
         speed_up_linears(result)
+    origin = Origin.of(resolved.folder, handle)
+    foresee(result, handle, predictor, origin)
+    if warm_start:
+        start_warm(handle, None if warm_start is True else Path(warm_start), origin)
     logger.info("%s: %s", model, handle.placement())
     return (result, info) if wants_info else result  # type: ignore[return-value]
 
