@@ -154,9 +154,8 @@ def default_folder() -> Path:
     if asked:
         return Path(asked) / "moe_runtime"
     if sys.platform == "win32":
-        return (
-            Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "moe_runtime"
-        )
+        local = os.environ.get("LOCALAPPDATA")
+        return (Path(local) if local else Path.home() / "AppData" / "Local") / "moe_runtime"
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "moe_runtime"
     return Path.home() / ".cache" / "moe_runtime"

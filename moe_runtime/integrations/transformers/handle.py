@@ -214,6 +214,7 @@ class Handle:
                 f"restoring takes {format_bytes(needed)} and {format_bytes(free)} are free; "
                 "close other programs, or keep the experts offloaded"
             )
+        self._run_before_close()
         restored = [self._read_site(layer, site) for layer, site in enumerate(self._sites)]
         self._detach()
         for site, tensors in zip(self._sites, restored, strict=True):
@@ -225,10 +226,13 @@ class Handle:
 
     def close(self) -> None:
         """Free slots, threads, files and what was written to disk for this model."""
-        while self._before_close and not self.engine.is_closed:
-            self._before_close.pop()()
+        self._run_before_close()
         self.engine.close()
         self._remove_spill()
+
+    def _run_before_close(self) -> None:
+        while self._before_close and not self.engine.is_closed:
+            self._before_close.pop()()
 
     def __enter__(self) -> "Handle":
         return self
