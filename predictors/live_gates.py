@@ -36,9 +36,16 @@ class LiveGates:
         num_ranks = min(fingerprint.top_k + _MORE_RANKS, fingerprint.num_experts)
         # [L, HORIZON, R] float32; learned by every session.
         self.chances = np.full((len(gates), HORIZON, num_ranks), _FIRST_CHANCE, np.float32)
+        # [L, HORIZON]: for each expert below the ranks
+        self.elsewhere = np.full(self.chances.shape[:2], self.left_for_others(self.chances[0, 0]))
 
     def start(self) -> "LiveSession":
         return LiveSession(self)
+
+    def left_for_others(self, chance: Array) -> float:
+        """What the ranks leave of a token's uses, for each expert below them."""
+        num_others = max(1, self.fingerprint.num_experts - len(chance))
+        return max(_LEAST_CHANCE, (self.fingerprint.top_k - float(chance.sum())) / num_others)
 
 
 class LiveSession:
@@ -46,7 +53,8 @@ class LiveSession:
 
     def __init__(self, predictor: LiveGates) -> None:
         self._of = predictor
-        self._said: dict[int, list[tuple[int, Array]]] = {}  # distance and [T, R], by layer
+        # By layer: how many layers lay between, and [T, R] the ranking.
+        self._said: dict[int, list[tuple[int, Array]]] = {}
 
     def begin(self, rows: StepRows) -> Forecast:
         self._said.clear()
@@ -54,34 +62,38 @@ class LiveSession:
         return Forecast(first_layer=0, probability=nothing)
 
     def observe(self, layer: int, topk: Array, hidden: Array | None) -> Forecast:
-        self._learn(layer, topk)
-        gates, chances = self._of.gates, self._of.chances
-        end = min(len(gates), layer + 1 + HORIZON) if hidden is not None else layer + 1
-        num_experts = self._of.fingerprint.num_experts
-        said = np.empty((len(topk), end - layer - 1, num_experts), np.float32)
+        rows = np.arange(len(topk))[:, None]
+        self._learn(layer, topk, rows)
+        of = self._of
+        end = min(len(of.gates), layer + 1 + HORIZON) if hidden is not None else layer + 1
+        said = np.empty((len(topk), end - layer - 1, of.fingerprint.num_experts), np.float32)
         for target in range(layer + 1, end):
-            distance = target - layer
+            ahead = target - layer - 1
             assert hidden is not None
-            value, is_used = gate_choice(gates[target], hidden)
-            chance = chances[target, distance - 1]
-            ranked = np.argsort(-np.where(is_used > 0, value, -np.inf), axis=-1)[:, : len(chance)]
-            self._said.setdefault(target, []).append((distance, ranked))
-            said[:, distance - 1] = self._elsewhere(chance)
-            np.put_along_axis(said[:, distance - 1], ranked, chance[None], axis=-1)
+            gate = of.gates[target]
+            value, is_used = gate_choice(gate, hidden)
+            if gate.groups_used < gate.num_groups:
+                value = np.where(is_used > 0, value, -np.inf)
+            chance = of.chances[target, ahead]
+            ranked = (-value).argsort(axis=-1)[:, : len(chance)]
+            self._said.setdefault(target, []).append((ahead, ranked))
+            said[:, ahead] = of.elsewhere[target, ahead]
+            said[rows, ahead, ranked] = chance
         return Forecast(first_layer=layer + 1, probability=said)
 
     def forget(self, sequence_id: int) -> None:
         """Nothing is remembered of a sequence."""
 
-    def _learn(self, layer: int, topk: Array) -> None:
-        for distance, ranked in self._said.pop(layer, ()):
-            if len(ranked) == len(topk):
-                is_right = (ranked[:, :, None] == topk[:, None, :]).any(-1).mean(0)
-                chance = self._of.chances[layer, distance - 1]
-                chance += _RATE * (is_right - chance)
-
-    def _elsewhere(self, chance: Array) -> float:
-        """The probability that is left for each expert below the ranks."""
-        of = self._of.fingerprint
-        num_others = max(1, of.num_experts - len(chance))
-        return max(_LEAST_CHANCE, (of.top_k - float(chance.sum())) / num_others)
+    def _learn(self, layer: int, topk: Array, rows: Array) -> None:
+        told = self._said.pop(layer, None)
+        if told is None or len(told[0][1]) != len(topk):
+            return
+        of = self._of
+        is_used = np.zeros((len(topk), of.fingerprint.num_experts + 1), np.float32)
+        is_used[rows, topk] = 1.0  # -1 is the column too many
+        for ahead, ranked in told:
+            found = is_used[rows, ranked]
+            found = found[0] if len(found) == 1 else found.mean(0)
+            chance = of.chances[layer, ahead]
+            chance += _RATE * (found - chance)
+            of.elsewhere[layer, ahead] = of.left_for_others(chance)

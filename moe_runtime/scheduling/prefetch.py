@@ -36,35 +36,34 @@ class PredictedUse:
 
     def __init__(self, num_layers: int, num_experts: int, resident: Container[ExpertKey]) -> None:
         self._resident = resident
-        self._layers = np.arange(num_layers)
-        self._distance = self._layers + 1.0  # [L] visits, from before the first layer
-        self._probability = np.zeros((num_layers, num_experts))
+        self._layer = -1  # that runs; -1 before the first
+        self._said = np.full((num_layers, num_experts), np.nan)
+        self._likely: list[ExpertKey] | None = None  # the most worth first; None: to be found
 
-    def advise(self, predictions: Mapping[ExpertKey, float]) -> None:
-        """What is said now of the next visit of every layer; it replaces all that was said."""
+    def advise(self, predictions: Mapping[ExpertKey, float], layer: int) -> None:
+        """What is said, when `layer` runs, of the next visit of every layer.
+
+        It replaces all that was said before.
+        """
         if not isinstance(predictions, Predictions):
-            predictions = Predictions.of(predictions, self._probability.shape)
-        said = predictions.next_LE
-        # False for NaN, too
-        self._probability = np.where((said >= 0.0) & (said <= 1.0), said, 0.0)
-
-    def visit(self, layer: int) -> None:
-        """`layer` runs from here on; -1 before the first."""
-        num_layers = len(self._layers)
-        self._distance = (self._layers - layer - 1) % num_layers + 1.0
+            predictions = Predictions.of(predictions, self._said.shape)
+        self._said, self._layer, self._likely = predictions.next_LE, layer, None
 
     def wanted(self) -> list[ExpertKey]:
-        layers, experts = np.nonzero(self._probability >= LEAST_PREFETCHED)
-        value = self._probability[layers, experts] / self._distance[layers]
-        order = np.argsort(-value, kind="stable")
-        keys = map(ExpertKey, layers[order].tolist(), experts[order].tolist())
-        return [key for key in keys if key not in self._resident]
+        if self._likely is None:
+            # NaN is neither.
+            is_likely = (self._said >= LEAST_PREFETCHED) & (self._said <= 1.0)
+            keys = [ExpertKey(*index) for index in np.argwhere(is_likely).tolist()]
+            self._likely = sorted(keys, key=self._worth, reverse=True)
+        return [key for key in self._likely if key not in self._resident]
 
     def is_sooner(self, key: ExpertKey, other: ExpertKey) -> bool:
         return self._worth(key) > self._worth(other)
 
     def _worth(self, key: ExpertKey) -> float:
-        return float(self._probability[key] / self._distance[key.layer])
+        said = float(self._said[key])
+        visits = (key.layer - self._layer - 1) % len(self._said) + 1
+        return said / visits if 0.0 <= said <= 1.0 else 0.0
 
 
 class Forecaster:
@@ -83,8 +82,7 @@ class Forecaster:
         """Before the visit of `layer`, of what follows it; -1: before the first layer."""
         self._policy.advise(predictions)
         if self._predicted is not None:
-            self._predicted.advise(predictions)
-            self._predicted.visit(layer)
+            self._predicted.advise(predictions, layer)
 
     def wanted(self) -> list[ExpertKey]:
         return self._outlook.wanted()
