@@ -49,6 +49,19 @@ class EngineTimes:
     fetch_seconds: float = 0.0
     fetched: int = 0
 
+    def since(self, other: "EngineTimes") -> "EngineTimes":
+        """What was added after `other`."""
+        return EngineTimes(
+            visits=self.visits - other.visits,
+            stall_seconds=self.stall_seconds - other.stall_seconds,
+            idle_seconds=self.idle_seconds - other.idle_seconds,
+            fetch_seconds=self.fetch_seconds - other.fetch_seconds,
+            fetched=self.fetched - other.fetched,
+        )
+
+    def copy(self) -> "EngineTimes":
+        return self.since(EngineTimes())
+
 
 @dataclass(frozen=True, slots=True)
 class AheadPlan:

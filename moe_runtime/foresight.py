@@ -66,9 +66,8 @@ class Foresight:
         self.gate = gate
         self._engine = engine
         self._clock = clock
-        fingerprint = predictor.fingerprint
-        self._num_experts = fingerprint.num_experts
-        self._forecaster = Forecaster(engine.cache, fingerprint.num_layers, fingerprint.num_experts)
+        self._num_experts = predictor.fingerprint.num_experts
+        self._forecaster = Forecaster(engine.cache)
         self._needs_hidden = "hidden" in predictor.needs
         self._adviser: Adviser | None = None
         self._thread: int | None = None  # of the forward that runs; None: nobody listens
@@ -87,7 +86,7 @@ class Foresight:
         self._num_rows = len(rows)
         self._began = self._clock()
         self._predictor_seconds = 0.0
-        self._times, self._counts = _copy(self._engine.times), self._engine.ledger.counts.copy()
+        self._times, self._counts = self._engine.times.copy(), self._engine.ledger.counts.copy()
         self._trial.clear()
         self._trial_counts = PrefetchCounts()
         self._engine.start_clock()
@@ -147,20 +146,17 @@ class Foresight:
         self._thread = None
         if self._num_rows > _MOST_ROWS:
             return
-        times, before = self._engine.times, self._times
-        fetched = times.fetched - before.fetched
+        times = self._engine.times.since(self._times)
         is_on = self.gate.is_on
         counts = self._engine.ledger.counts.since(self._counts) if is_on else self._trial_counts
         self.gate.add(
             ForwardFacts(
-                num_visits=times.visits - before.visits,
+                num_visits=times.visits,
                 seconds=self._clock() - self._began,
                 predictor_seconds=self._predictor_seconds,
-                stall_seconds=times.stall_seconds - before.stall_seconds,
-                idle_seconds=times.idle_seconds - before.idle_seconds,
-                read_seconds=(
-                    (times.fetch_seconds - before.fetch_seconds) / fetched if fetched else None
-                ),
+                stall_seconds=times.stall_seconds,
+                idle_seconds=times.idle_seconds,
+                read_seconds=times.fetch_seconds / times.fetched if times.fetched else None,
                 counts=counts,
             )
         )
@@ -199,13 +195,3 @@ class Foresight:
             right = sum(key.expert in demanded for key in planned)
             self._trial_counts.hidden += right
             self._trial_counts.wasted += len(planned) - right
-
-
-def _copy(times: EngineTimes) -> EngineTimes:
-    return EngineTimes(
-        visits=times.visits,
-        stall_seconds=times.stall_seconds,
-        idle_seconds=times.idle_seconds,
-        fetch_seconds=times.fetch_seconds,
-        fetched=times.fetched,
-    )

@@ -4,7 +4,7 @@ L MoE layers, E experts a layer. Numbers and keys only: the same rules serve run
 """
 
 import math
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +14,8 @@ from moe_runtime.cache.cache import ExpertCache
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.cache.predictions import LEAST_PREFETCHED, Predictions
 from moe_runtime.expert import ExpertKey
+
+_MANY_READS = 2**31  # where reads take no time
 
 
 @runtime_checkable
@@ -34,19 +36,17 @@ class PredictedUse:
     until then; what nothing is said of is worth nothing, and so is what is no probability.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, resident: Container[ExpertKey]) -> None:
+    def __init__(self, resident: Container[ExpertKey]) -> None:
         self._resident = resident
         self._layer = -1  # that runs; -1 before the first
-        self._said = np.full((num_layers, num_experts), np.nan)
+        self._said = np.empty((0, 0))  # [L, E]; empty: nothing yet
         self._likely: list[ExpertKey] | None = None  # the most worth first; None: to be found
 
-    def advise(self, predictions: Mapping[ExpertKey, float], layer: int) -> None:
+    def advise(self, predictions: Predictions, layer: int) -> None:
         """What is said, when `layer` runs, of the next visit of every layer.
 
         It replaces all that was said before.
         """
-        if not isinstance(predictions, Predictions):
-            predictions = Predictions.of(predictions, self._said.shape)
         self._said, self._layer, self._likely = predictions.next_LE, layer, None
 
     def wanted(self) -> list[ExpertKey]:
@@ -61,6 +61,8 @@ class PredictedUse:
         return self._worth(key) > self._worth(other)
 
     def _worth(self, key: ExpertKey) -> float:
+        if not len(self._said):
+            return 0.0
         said = float(self._said[key])
         visits = (key.layer - self._layer - 1) % len(self._said) + 1
         return said / visits if 0.0 <= said <= 1.0 else 0.0
@@ -69,14 +71,14 @@ class PredictedUse:
 class Forecaster:
     """Tells a cache's policy what is predicted, and asks it, or `PredictedUse`, who is wanted."""
 
-    def __init__(self, cache: ExpertCache, num_layers: int, num_experts: int) -> None:
+    def __init__(self, cache: ExpertCache) -> None:
         self._policy: EvictionPolicy = cache.policy
         self._predicted: PredictedUse | None = None
         self._outlook: Outlook
         if isinstance(cache.policy, Outlook):
             self._outlook = cache.policy
         else:
-            self._outlook = self._predicted = PredictedUse(num_layers, num_experts, cache)
+            self._outlook = self._predicted = PredictedUse(cache)
 
     def advise(self, predictions: Predictions, layer: int) -> None:
         """Before the visit of `layer`, of what follows it; -1: before the first layer."""
@@ -95,7 +97,9 @@ def reads_that_fit(idle_seconds: float, read_seconds: float) -> int:
     """Reads that begin while the disk would be idle; the last one may end after that."""
     if idle_seconds <= 0.0:
         return 0
-    return math.ceil(idle_seconds / read_seconds) if read_seconds > 0.0 else 2**31
+    if idle_seconds >= _MANY_READS * read_seconds:
+        return _MANY_READS
+    return math.ceil(idle_seconds / read_seconds)
 
 
 @dataclass(slots=True)
@@ -198,7 +202,3 @@ class PrefetchLedger:
         self._unused.clear()
         self._foretold.clear()
         self._displaced.clear()
-
-    def unused(self) -> Iterable[ExpertKey]:
-        """Read ahead, resident and not used yet."""
-        return iter(self._unused)
