@@ -39,8 +39,8 @@ class EngineTimes:
     """Seconds so far, over all visits of layers.
 
     `idle_seconds` passed from when a layer had all its experts to when the next one asked for its
-    own: the disk has nothing demanded to read. `fetch_seconds` passed from the demand to the last
-    arrival in visits that waited for it, and `fetched` experts were read in them.
+    own: the disk has nothing demanded to read. `fetch_seconds` passed from a demand to the arrival
+    of the last of the `fetched` experts that were read for it.
     """
 
     visits: int = 0
@@ -336,8 +336,11 @@ class LayerAccess:
         load = self._engine._loads.get(access.key)
         if load is not None:
             if not load.is_done:
-                self._wait(load)
+                self._engine.times.stall_seconds -= time.perf_counter()
+                load.settle()  # sync: the reads of one expert
+                self._engine.times.stall_seconds += time.perf_counter()
             load.wait()
+            self._met_at = max(self._met_at, load.done_at)
             self._engine._loads.pop(access.key, None)
         return self._engine.slots.views(access.slot, self._engine.blobs.layout(access.key))
 
@@ -367,16 +370,10 @@ class LayerAccess:
         finally:
             self._engine._turn.release()
 
-    def _wait(self, load: ExpertLoad) -> None:
-        waits_from = time.perf_counter()
-        load.settle()  # sync: the reads of one expert
-        self._met_at = time.perf_counter()
-        self._engine.times.stall_seconds += self._met_at - waits_from
-
     def _account(self) -> None:
         times = self._engine.times
         times.visits += 1
-        if self._met_at > self._demanded_at and self._started:
+        if self._started:
             times.fetch_seconds += self._met_at - self._demanded_at
             times.fetched += len(self._started)
         self._engine._idle_since = self._met_at

@@ -1,6 +1,7 @@
 """One expert on its way from disk into a slot."""
 
 import threading
+import time
 from collections.abc import Callable
 
 
@@ -10,7 +11,7 @@ class ExpertLoad:
     It may stand in the books of its owner before `begin`: nothing waits for what never began.
     """
 
-    __slots__ = ("_error", "_gate", "_has_begun", "_is_done", "_lock", "_remaining")
+    __slots__ = ("_done_at", "_error", "_gate", "_has_begun", "_is_done", "_lock", "_remaining")
 
     def __init__(self) -> None:
         self._remaining = 0
@@ -20,6 +21,7 @@ class ExpertLoad:
         # Held until done. Not an Event: an interrupt inside its Python code can leave it locked.
         self._gate = threading.Lock()
         self._is_done = False
+        self._done_at = 0.0
 
     def begin(self, num_reads: int) -> None:
         """Expect `num_reads` calls of `account`."""
@@ -40,6 +42,7 @@ class ExpertLoad:
                 on_complete()
             except BaseException as caught:
                 self._error = caught
+        self._done_at = time.perf_counter()
         self._is_done = True
         self._gate.release()
 
@@ -50,6 +53,11 @@ class ExpertLoad:
     @property
     def is_done(self) -> bool:
         return self._is_done
+
+    @property
+    def done_at(self) -> float:
+        """When it was done, by time.perf_counter(); 0 before."""
+        return self._done_at
 
     @property
     def has_arrived(self) -> bool:

@@ -37,7 +37,7 @@ class Mode(StrEnum):
 class ForwardFacts:
     """What one forward took. In a trial `counts` are what would have become of reads ahead.
 
-    `read_seconds` of one demanded expert; None: nothing was waited for.
+    `read_seconds` of one demanded expert; None: none was read.
     """
 
     num_visits: int
