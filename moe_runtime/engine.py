@@ -336,9 +336,9 @@ class LayerAccess:
         load = self._engine._loads.get(access.key)
         if load is not None:
             if not load.is_done:
-                self._engine.times.stall_seconds -= time.perf_counter()
+                waits_from = time.perf_counter()
                 load.settle()  # sync: the reads of one expert
-                self._engine.times.stall_seconds += time.perf_counter()
+                self._engine.times.stall_seconds += time.perf_counter() - waits_from
             load.wait()
             self._met_at = max(self._met_at, load.done_at)
             self._engine._loads.pop(access.key, None)
