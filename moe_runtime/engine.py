@@ -38,12 +38,15 @@ class BlobMap(Protocol):
 class EngineTimes:
     """Seconds so far, over all visits of layers.
 
+    `inside_seconds` passed between the demand of a layer and its end, `stall_seconds` of them in
+    waiting.
     `idle_seconds` passed from when a layer had all its experts to when the next one asked for its
     own: the disk has nothing demanded to read. `fetch_seconds` passed from a demand to the arrival
     of the last of the `fetched` experts that were read for it.
     """
 
     visits: int = 0
+    inside_seconds: float = 0.0
     stall_seconds: float = 0.0
     idle_seconds: float = 0.0
     fetch_seconds: float = 0.0
@@ -53,6 +56,7 @@ class EngineTimes:
         """What was added after `other`."""
         return EngineTimes(
             visits=self.visits - other.visits,
+            inside_seconds=self.inside_seconds - other.inside_seconds,
             stall_seconds=self.stall_seconds - other.stall_seconds,
             idle_seconds=self.idle_seconds - other.idle_seconds,
             fetch_seconds=self.fetch_seconds - other.fetch_seconds,
@@ -373,6 +377,7 @@ class LayerAccess:
     def _account(self) -> None:
         times = self._engine.times
         times.visits += 1
+        times.inside_seconds += time.perf_counter() - self._demanded_at
         if self._started:
             times.fetch_seconds += self._met_at - self._demanded_at
             times.fetched += len(self._started)

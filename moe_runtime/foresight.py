@@ -80,10 +80,15 @@ class Foresight:
         self._trial: dict[int, dict[ExpertKey, None]] = {}  # by layer, what would be on its way
         self._trial_counts = PrefetchCounts()
 
-    def begin(self, rows: StepRows) -> None:
-        """A forward of `rows` starts."""
+    @property
+    def is_listening(self) -> bool:
+        """Whether `saw` and `routed`, and the rows of a forward, are of any use."""
+        return self.gate.is_listening
+
+    def begin(self, num_rows: int, rows: Callable[[], StepRows]) -> None:
+        """A forward of so many rows starts; `rows` are asked for while somebody listens."""
         self._thread, self._hidden = None, None
-        self._num_rows = len(rows)
+        self._num_rows = num_rows
         self._began = self._clock()
         self._predictor_seconds = 0.0
         self._times, self._counts = self._engine.times.copy(), self._engine.ledger.counts.copy()
@@ -97,7 +102,7 @@ class Foresight:
         if self._adviser is None:
             self._adviser = Adviser(self.predictor)
         adviser = self._adviser
-        self._ask(lambda: adviser.begin(rows), layer=-1)
+        self._ask(lambda: adviser.begin(rows()), layer=-1)
         plan = self.plan(len(self._engine.reader.ahead))
         if plan is not None:
             self._engine.read_ahead(plan)

@@ -19,6 +19,7 @@ from moe_runtime.scheduling.prefetch import PrefetchCounts
 # Of a forward's time: what a predictor may cost, and from what gain on it is worth a start.
 MOST_COST = 0.02
 LEAST_GAIN = 0.01
+_HOPELESS_COST = 2 * MOST_COST  # ends a trial at once
 _TRIAL_FORWARDS = 8
 _UNCOUNTED = 2  # of a trial: what runs first runs slowly
 _FIRST_PAUSE, _LONGEST_PAUSE = 64, 1024  # forwards until the next trial; doubled each time
@@ -190,9 +191,10 @@ class BenefitGate:
                 self._left = _TRIAL_FORWARDS + _UNCOUNTED
                 for name in ("predictor", "hidden", "wasted", "regrets"):
                     means.values.pop(name, None)
-        elif self._mode is Mode.TRIAL and self._left > 0:
+        elif self._mode is Mode.TRIAL and self._left > 0 and cost <= _HOPELESS_COST * step:
             self._why = f"a trial, {self._left} forwards to go"
         elif cost > MOST_COST * step:
+            self._pause = _LONGEST_PAUSE  # it will cost no less so soon
             self._turn_off(f"the predictor takes {cost / step:.1%} of a step, over {MOST_COST:.0%}")
         elif self._mode is Mode.TRIAL:
             if gain > LEAST_GAIN * step:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_runtime.errors import PredictorError, UnsupportedModelError
 from moe_runtime.foresight import Foresight
@@ -106,24 +107,41 @@ def foresee(model: nn.Module, handle: Handle, predictor: str | Path, origin: Ori
 
 def attach(model: nn.Module, handle: Handle, foresight: Foresight) -> None:
     """Let `foresight` hear what the routers of `model` see and choose."""
-    sequences = SequenceNumbers()
+    routers = _RouterHooks(model, handle, foresight)
     hooks = [
-        model.register_forward_pre_hook(_Begin(foresight, sequences), with_kwargs=True),
+        model.register_forward_pre_hook(_Begin(foresight, routers), with_kwargs=True),
         model.register_forward_hook(_End(foresight)),
     ]
-    if "hidden" in foresight.predictor.needs:
-        hooks += [
-            router_beside(model, site).register_forward_pre_hook(
-                _Saw(foresight, layer), with_kwargs=True
-            )
-            for layer, site in enumerate(handle.sites)
-        ]
 
     def remove() -> None:
+        routers.set(False)
         for hook in hooks:
             hook.remove()
 
     handle.foresee(foresight, remove)
+
+
+class _RouterHooks:
+    """Hooks of routers, which cost time in every layer: there only while somebody listens."""
+
+    def __init__(self, model: nn.Module, handle: Handle, foresight: Foresight) -> None:
+        self._foresight = foresight
+        self._routers: list[nn.Module] = []
+        if "hidden" in foresight.predictor.needs:
+            self._routers = [router_beside(model, site) for site in handle.sites]
+        self._hooks: list[RemovableHandle] = []
+
+    def set(self, is_wanted: bool) -> None:
+        """Put them in or take them out."""
+        if is_wanted and not self._hooks:
+            self._hooks = [
+                router.register_forward_pre_hook(_Saw(self._foresight, layer), with_kwargs=True)
+                for layer, router in enumerate(self._routers)
+            ]
+        elif self._hooks and not is_wanted:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
 
 
 def start_warm(handle: Handle, folder: Path | None, origin: Origin) -> None:
@@ -156,15 +174,23 @@ def _make(model: nn.Module, handle: Handle, text: str, origin: Origin) -> Forete
 class _Begin(NotCopied):
     """Says whose tokens a forward runs, before it does."""
 
-    def __init__(self, foresight: Foresight, sequences: SequenceNumbers) -> None:
+    def __init__(self, foresight: Foresight, routers: _RouterHooks) -> None:
         self._foresight = foresight
-        self._sequences = sequences
+        self._routers = routers
+        self._sequences = SequenceNumbers()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = named_arguments(module, args, kwargs)
-        if named.get("input_ids") is not None or named.get("inputs_embeds") is not None:
-            self._foresight.begin(self._sequences.rows(named))
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            return
+        self._routers.set(self._foresight.is_listening)
+        self._foresight.begin(
+            tokens.shape[0] * tokens.shape[1],
+            lambda: self._sequences.rows(named_arguments(module, args, kwargs)),
+        )
 
 
 class _End(NotCopied):

@@ -109,7 +109,9 @@ class _Contestant:
         ids = _token_ids(self._trace, first, count, self._vocab)
         started = time.perf_counter()
         for token in ids:
-            self.model(torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
+            self.model(
+                input_ids=torch.tensor([[token]]), past_key_values=self._cache, use_cache=True
+            )
         return time.perf_counter() - started
 
 
@@ -226,19 +228,17 @@ def _foreteller(request: PairsRequest, side: _Contestant) -> Foreteller:
 def _simulate(
     request: PairsRequest, off: _Contestant, on: _Contestant, counted: _Counted, seconds: float
 ) -> list[Timeline]:
-    """The counted rows on lanes with what the run without prediction took, off and on.
+    """The counted rows on lanes, off and on, with what the run without prediction took.
 
-    `seconds` of a token; what it did not wait is compute: idle of the disk before the layer's
-    demand, the rest shared by its experts.
+    `seconds` of a token: outside the experts' layers they are dense, inside and not waiting they
+    are the experts'.
     """
     times = counted.times
-    visits = times.visits / (request.num_pairs * request.block_tokens)  # a token
-    accesses = (counted.hits + counted.misses) / times.visits
-    compute = (seconds - times.stall_seconds / times.visits * visits) / visits
-    dense = min(times.idle_seconds / times.visits, compute)
+    visits_a_token = times.visits / (request.num_pairs * request.block_tokens)
     cost = StepCost(
-        dense_seconds=dense,
-        expert_seconds=(compute - dense) / accesses,
+        dense_seconds=seconds / visits_a_token - times.inside_seconds / times.visits,
+        expert_seconds=(times.inside_seconds - times.stall_seconds)
+        / (counted.hits + counted.misses),
         read_seconds=times.fetch_seconds / max(1, times.fetched),
         copy_seconds=0.0,
     )
