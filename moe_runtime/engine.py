@@ -221,7 +221,7 @@ class ExpertEngine:
                 if not read.load.has_arrived:  # nobody asked for it: no error until somebody does
                     self._loads.pop(key, None)
                     self.cache.discard(key)
-        if self.ledger.is_empty:
+        if not keys or self.ledger.is_empty:
             return
         for key in self.ledger.visit(keys, self.cache, self._share_read):
             wrong = self._ahead.get(key)

@@ -61,11 +61,13 @@ class Foresight:
         gate: Gate,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        own_clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self.predictor = predictor
         self.gate = gate
         self._engine = engine
         self._clock = clock
+        self._own_clock = own_clock  # what disk threads take meanwhile is not the predictor's
         self._num_experts = predictor.fingerprint.num_experts
         self._forecaster = Forecaster(engine.cache)
         self._needs_hidden = "hidden" in predictor.needs
@@ -137,9 +139,9 @@ class Foresight:
         most = fits - num_in_line
         if most <= 0:
             return None
-        started = self._clock()
+        started = self._own_clock()
         keys = self._forecaster.wanted()[:most]
-        self._predictor_seconds += self._clock() - started
+        self._predictor_seconds += self._own_clock() - started
         if not self.gate.is_on:
             for key in keys:
                 self._trial.setdefault(key.layer, {})[key] = None
@@ -182,7 +184,7 @@ class Foresight:
 
     def _ask(self, said: Callable[[], Predictions], *, layer: int) -> None:
         """Tell the cache what the predictor says; one that fails is never asked again."""
-        started = self._clock()
+        started = self._own_clock()
         try:
             self._forecaster.advise(said(), layer)
         except Exception as error:  # a wrong predictor must cost time at most
@@ -191,7 +193,7 @@ class Foresight:
             logger.warning("predictor %s failed, reading ahead is off: %s",
                            self.predictor.name, reason)  # fmt: skip
             self._thread = self._adviser = None
-        self._predictor_seconds += self._clock() - started
+        self._predictor_seconds += self._own_clock() - started
 
     def _judge_trial(self, layer: int, topk: np.ndarray[Any, Any]) -> None:
         planned = self._trial.pop(layer, None)

@@ -53,8 +53,11 @@ class PredictedUse:
         if self._likely is None:
             # NaN is neither.
             is_likely = (self._said >= LEAST_PREFETCHED) & (self._said <= 1.0)
-            keys = [ExpertKey(*index) for index in np.argwhere(is_likely).tolist()]
-            self._likely = sorted(keys, key=self._worth, reverse=True)
+            layers, experts = np.nonzero(is_likely)
+            visits = (layers - self._layer - 1) % max(1, len(self._said)) + 1
+            order = np.argsort(-self._said[layers, experts] / visits, kind="stable")
+            keys = map(ExpertKey, layers[order].tolist(), experts[order].tolist())
+            self._likely = list(keys)
         return [key for key in self._likely if key not in self._resident]
 
     def is_sooner(self, key: ExpertKey, other: ExpertKey) -> bool:
@@ -169,7 +172,7 @@ class PrefetchLedger:
         resident: Container[ExpertKey],
         share: Callable[[ExpertKey], float],
     ) -> list[ExpertKey]:
-        """A layer demands `keys`; returns what was read for this visit and is not among them.
+        """A layer demands `keys`, at least one; returns what was read for this visit and is not among them.
 
         `share` says how much of a key is read by now.
         """
