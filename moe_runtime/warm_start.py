@@ -148,6 +148,11 @@ class WarmStart:
             foresight.gate.restore(about["gate"])
 
 
+def state_file(folder: Path | None, checkpoint: str) -> Path:
+    """Of the checkpoint with this digest, in `folder` or in the user's cache."""
+    return (default_folder() if folder is None else folder) / f"{checkpoint}.npz"
+
+
 def default_folder() -> Path:
     """Where this user's programs keep what they can do without: `$XDG_CACHE_HOME` or its like."""
     asked = os.environ.get("XDG_CACHE_HOME")

@@ -21,6 +21,7 @@ from moe_runtime.cli.options import (
     Model,
     Policy,
     PolicyOption,
+    PredictorOption,
     Revision,
     Seed,
     Temperature,
@@ -73,6 +74,15 @@ def generate(
     chat: Chat = False,
     expert_memory: ExpertMemoryOption = "auto",
     policy: PolicyOption = Policy.LRU,
+    predictor: PredictorOption = "off",
+    warm_start: Annotated[
+        bool,
+        typer.Option(
+            "--warm-start/--no-warm-start",
+            help="Read first what was hot when this model was closed last, and keep that again.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = True,
     expert_slots: ExpertSlotsOption = ExpertSlots.AUTO,
     page_cache: Annotated[
         bool,
@@ -143,6 +153,8 @@ def generate(
         ),
         expert_memory=expert_memory,
         policy=policy,
+        predictor=predictor,
+        warm_start=warm_start,
         expert_slots=expert_slots,
         page_cache=page_cache,
         exact=exact,

@@ -46,6 +46,7 @@ def model_facts(
         loaded = load(
             resolved.folder,
             expert_memory="auto",
+            warm_start=False,
             trust_remote_code=trust_remote_code,
             dtype="auto",
         )

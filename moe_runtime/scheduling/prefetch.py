@@ -172,9 +172,9 @@ class PrefetchLedger:
         resident: Container[ExpertKey],
         share: Callable[[ExpertKey], float],
     ) -> list[ExpertKey]:
-        """A layer demands `keys`, at least one; returns what was read for this visit and is not among them.
+        """A layer demands `keys`; returns what was read for this visit and is not among them.
 
-        `share` says how much of a key is read by now.
+        There is at least one key. `share` says how much of a key is read by now.
         """
         layer = next(iter(keys)).layer
         for key in keys:

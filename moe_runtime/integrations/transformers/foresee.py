@@ -23,7 +23,7 @@ from moe_runtime.predictors.predictor import Fingerprint, Foreteller
 from moe_runtime.predictors.registry import PREDICTORS
 from moe_runtime.predictors.store import load_predictor
 from moe_runtime.scheduling.benefit import BenefitGate
-from moe_runtime.warm_start import WarmStart, default_folder
+from moe_runtime.warm_start import WarmStart, state_file
 
 logger = logging.getLogger("moe_runtime")
 
@@ -146,9 +146,8 @@ class _RouterHooks:
 
 def start_warm(handle: Handle, folder: Path | None, origin: Origin) -> None:
     """Read first what was in slots when this checkpoint was closed last, and save it at close()."""
-    place = (default_folder() if folder is None else folder) / f"{origin.digest}.npz"
     memory = WarmStart(
-        place,
+        state_file(folder, origin.digest),
         engine=handle.engine,
         foresight=handle.foresight,
         shape=(origin.num_layers, origin.num_experts),

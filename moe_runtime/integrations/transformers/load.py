@@ -56,7 +56,7 @@ def load(
     exact: bool = False,
     linears: bool = False,
     predictor: str | Path = "off",
-    warm_start: bool | str | Path = False,
+    warm_start: bool | str | Path = True,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -81,8 +81,8 @@ def load(
     `predictor` says what a token will need, so that the disk reads it while layers compute: 'auto'
     (the model's own routers, a layer or two ahead, where they are found), 'gate_lookahead' (the
     same, or an error), a file of `moe-runtime predictor train`, or 'off'. It reads only while that
-    gains time, and changes no output. `warm_start` keeps what was in memory at close() for the next
-    start: True in the user's cache folder, or a folder; False to start empty.
+    gains time, and changes no output. `warm_start` keeps what was hot at close() for the next
+    start: True in the user's cache folder, or a folder of your own; False to start empty.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
