@@ -155,12 +155,16 @@ def load(
         dense_bytes=made.dense_bytes,
         mapped=plan.mapped,
     )
-    if linears:
-        speed_up_linears(result)
-    origin = Origin.of(resolved.folder, handle)
-    foresee(result, handle, predictor, origin)
-    if warm_start:
-        start_warm(handle, None if warm_start is True else Path(warm_start), origin)
+    try:
+        if linears:
+            speed_up_linears(result)
+        origin = Origin.of(resolved.folder, handle)
+        foresee(result, handle, predictor, origin)
+        if warm_start:
+            start_warm(handle, None if warm_start is True else Path(warm_start), origin)
+    except BaseException:
+        handle.close()
+        raise
     logger.info("%s: %s", model, handle.placement())
     return (result, info) if wants_info else result  # type: ignore[return-value]
 
