@@ -24,6 +24,7 @@ _TRIAL_FORWARDS = 8
 _UNCOUNTED = 2  # of a trial: what runs first runs slowly
 _FIRST_PAUSE, _LONGEST_PAUSE = 64, 1024  # forwards until the next trial; doubled each time
 _RATE = 1 / 8
+_COST_RATE = 1 / 32  # of what changes little, and where one slow forward must not decide
 
 
 class Mode(StrEnum):
@@ -52,14 +53,23 @@ class ForwardFacts:
 
 @dataclass(slots=True)
 class Means:
-    """Moving averages over forwards; None before the first."""
+    """Averages over forwards: plain ones at first, moving ones later; 0 before the first."""
 
     values: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, **found: float) -> None:
+    def add(self, rate: float, **found: float) -> None:
+        """The latest of each counts for `rate` at least."""
         for name, value in found.items():
+            count = self.counts[name] = self.counts.get(name, 0) + 1
             before = self.values.get(name, value)
-            self.values[name] = before + _RATE * (value - before)
+            self.values[name] = before + max(rate, 1 / count) * (value - before)
+
+    def drop(self, *names: str) -> None:
+        """Begin anew with these."""
+        for name in names:
+            self.values.pop(name, None)
+            self.counts.pop(name, None)
 
     def __getitem__(self, name: str) -> float:
         return self.values.get(name, 0.0)
@@ -108,15 +118,17 @@ class BenefitGate:
         if self._mode is Mode.TRIAL and self._left >= _TRIAL_FORWARDS:
             return
         means = self._means
-        means.add(visits=facts.num_visits, step=facts.seconds, idle=facts.idle_seconds)
+        means.add(_COST_RATE, step=facts.seconds)
+        means.add(_RATE, visits=facts.num_visits, idle=facts.idle_seconds)
         if facts.read_seconds is not None:
-            means.add(read=facts.read_seconds)
+            means.add(_RATE, read=facts.read_seconds)
         if self._mode is not Mode.ON:
-            means.add(stall=facts.stall_seconds)
+            means.add(_RATE, stall=facts.stall_seconds)
         if self._mode is not Mode.OFF:
             counts = facts.counts
+            means.add(_COST_RATE, predictor=facts.predictor_seconds)
             means.add(
-                predictor=facts.predictor_seconds,
+                _RATE,
                 hidden=counts.hidden,
                 wasted=counts.wasted,
                 regrets=counts.regrets,
@@ -167,7 +179,7 @@ class BenefitGate:
         values = {str(name): float(value) for name, value in means.items()}
         if not all(0.0 <= value < float("inf") for value in values.values()):
             raise ValueError("state of a gate holds what cannot be")
-        self._means = Means(values)
+        self._means = Means(values, dict.fromkeys(values, _TRIAL_FORWARDS))
         self._pause = min(max(pause, _FIRST_PAUSE), _LONGEST_PAUSE)
         if mode is Mode.ON:
             self._mode, self._why = mode, "it gained when this model ran last"
@@ -189,8 +201,7 @@ class BenefitGate:
             if self._left <= 0:
                 self._mode, self._why = Mode.TRIAL, "trying again after a pause"
                 self._left = _TRIAL_FORWARDS + _UNCOUNTED
-                for name in ("predictor", "hidden", "wasted", "regrets"):
-                    means.values.pop(name, None)
+                means.drop("predictor", "hidden", "wasted", "regrets")
         elif self._mode is Mode.TRIAL and self._left > 0 and cost <= _HOPELESS_COST * step:
             self._why = f"a trial, {self._left} forwards to go"
         elif cost > MOST_COST * step:
