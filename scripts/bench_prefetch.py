@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     trace = Trace.load(arguments.trace, leave_out=("gate_probs", "weights"))
     rows = np.flatnonzero(trace.phase != Phase.PADDING)[arguments.first_row :]
-    rows = rows[: arguments.warm + arguments.pairs * arguments.block + 1]
+    rows = rows[: arguments.warm + 2 * arguments.pairs * arguments.block + 1]
     found = run_pairs(
         PairsRequest(
             model=arguments.model,

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from moe_runtime.engine import EngineTimes
-from moe_runtime.foresight import Foresight
+from moe_runtime.engine import EngineTimes, ExpertEngine
+from moe_runtime.errors import PredictorError
+from moe_runtime.foresight import Foresight, Gate
 from moe_runtime.integrations.transformers.foresee import attach
 from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.load import load
@@ -31,7 +32,7 @@ from moe_runtime.perf.step_cost import StepCost
 from moe_runtime.predictors.live_gates import LiveGates
 from moe_runtime.predictors.predictor import Fingerprint, Foreteller
 from moe_runtime.predictors.store import load_predictor
-from moe_runtime.scheduling.benefit import BenefitGate
+from moe_runtime.scheduling.benefit import BenefitGate, ForwardFacts
 from moe_runtime.simulate.accesses import Accesses
 from moe_runtime.simulate.advice import advice
 from moe_runtime.simulate.policy_maker import PolicyMaker
@@ -85,85 +86,131 @@ class Pairs:
 
 
 class _Contestant:
-    """A model of its own, its place in the trace, and what its blocks took."""
+    """A model of its own, its place in the trace, and a switch for its prediction."""
 
-    def __init__(self, request: PairsRequest, predictor: str) -> None:
+    def __init__(self, request: PairsRequest) -> None:
+        is_ours = request.predictor in ("auto", LiveGates.name)
         with quiet_transformers(lambda done, total: None), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few slots are the point
             self.model: PreTrainedModel = load(
                 request.model,
                 expert_memory=request.expert_memory,
                 policy=request.policy,
-                predictor=predictor,
+                predictor=request.predictor if is_ours else "off",
                 warm_start=False,
             )
         self.owner: Handle = handle(self.model)
         self.replay = RoutingReplay(self.model, request.trace)
+        piece_share = min(1.0, CHUNK_BYTES / self.owner.budget.slot_bytes)
+        if not is_ours:
+            gate = BenefitGate(piece_share)
+            foresight = Foresight(self.owner.engine, _foreteller(request, self), gate)
+            attach(self.model, self.owner, foresight)
+        if self.owner.foresight is None:
+            raise PredictorError(self.owner.report()["prediction"]["why"])
+        inner = self.owner.foresight.gate if request.is_gated else OpenGate(piece_share)
+        self._switch = self.owner.foresight.gate = SwitchGate(inner)
         self._cache = DynamicCache(config=self.model.config)
         self._vocab = int(self.model.config.get_text_config().vocab_size)
         self._trace = request.trace
 
     @torch.no_grad()
-    def run(self, first: int, count: int) -> float:
-        """Decode rows from `first` on; returns seconds."""
+    def run(self, first: int, count: int, *, is_on: bool) -> "_Counted":
+        """Decode rows from `first` on, with prediction or without; returns what they took."""
         ids = _token_ids(self._trace, first, count, self._vocab)
+        self._switch.is_open = is_on
+        before = _Counted.of(self.owner.engine)
         started = time.perf_counter()
         for token in ids:
             self.model(
                 input_ids=torch.tensor([[token]]), past_key_values=self._cache, use_cache=True
             )
-        return time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        found = _Counted.of(self.owner.engine)
+        found.add(before, -1)
+        found.seconds = seconds
+        return found
 
 
 def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pairs:
-    """Both warm up on the same rows, then take turns, who begins changing from block to block."""
-    is_special = request.predictor not in ("auto", "gate_lookahead")
+    """Two instances warm up on the same rows, then take turns, each with prediction half the time.
+
+    A pair is two blocks, of which each instance decodes one with prediction and one without: no two
+    of them are equally fast (where their memory lies decides), and here that cancels.
+    """
     with ExitStack() as stack:
         sides = []
-        for predictor in ("off", "off" if is_special else request.predictor):
-            side = _Contestant(request, predictor)
+        for _ in range(2):
+            side = _Contestant(request)
             stack.enter_context(closing(side.owner))
             sides.append(side)
-        off, on = sides
-        if is_special:
-            piece_share = min(1.0, CHUNK_BYTES / on.owner.budget.slot_bytes)
-            gate = BenefitGate(piece_share) if request.is_gated else OpenGate(piece_share)
-            foresight = Foresight(on.owner.engine, _foreteller(request, on), gate)
-            attach(on.model, on.owner, foresight)
         gc.collect()
         gc.disable()
         stack.callback(gc.enable)
         for side in sides:
-            side.run(0, request.warm_tokens)
-        before = [_Counted.of(side) for side in sides]
-        seconds: tuple[list[float], list[float]] = ([], [])
+            side.run(0, request.warm_tokens, is_on=True)
+        totals = {is_on: _Counted() for is_on in (False, True)}
+        logs = []
         for pair in range(request.num_pairs):
             on_pair(pair, request.num_pairs)
-            first = request.warm_tokens + pair * request.block_tokens
-            for index in (0, 1) if pair % 2 == 0 else (1, 0):
-                seconds[index].append(sides[index].run(first, request.block_tokens))
-        after = [_Counted.of(side) for side in sides]
-        prediction = on.owner.report()["prediction"]
-        num_tokens = request.num_pairs * request.block_tokens
-        done = [b.since(a) for a, b in zip(before, after, strict=True)]
-        simulated = _simulate(request, off, on, done[0], sum(seconds[0]) / num_tokens)
-    measured = [
-        _side(counted, sum(of), num_tokens, timeline)
-        for counted, of, timeline in zip(done, seconds, simulated, strict=True)
-    ]
-    logs = [math.log(b / a) for a, b in zip(*seconds, strict=True)]
+            log = 0.0
+            for block in range(2):
+                first = request.warm_tokens + (2 * pair + block) * request.block_tokens
+                for index in (0, 1) if pair % 2 == 0 else (1, 0):
+                    is_on = index == block
+                    found = sides[index].run(first, request.block_tokens, is_on=is_on)
+                    totals[is_on].add(found)
+                    log += math.log(found.seconds) * (1 if is_on else -1)
+            logs.append(log / 2)
+        prediction = sides[0].owner.report()["prediction"]
+        num_tokens = 2 * request.num_pairs * request.block_tokens
+        simulated = _simulate(request, sides[0], totals[False], num_tokens)
     mean = statistics.fmean(logs)
     error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
     return Pairs(
         num_pairs=request.num_pairs,
         num_tokens=num_tokens,
-        off=measured[0],
-        on=measured[1],
+        off=_side(totals[False], num_tokens, simulated[0]),
+        on=_side(totals[True], num_tokens, simulated[1]),
         ratio=math.exp(mean),
         upper=math.exp(mean + _UPPER * error),
         simulated_ratio=simulated[1].seconds / simulated[0].seconds,
         prediction=prediction,
     )
+
+
+class SwitchGate:
+    """A gate that can be shut for a while, in which it learns nothing."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.is_open = True
+
+    @property
+    def is_listening(self) -> bool:
+        return self.is_open and self._gate.is_listening
+
+    @property
+    def is_on(self) -> bool:
+        return self.is_open and self._gate.is_on
+
+    @property
+    def read_seconds(self) -> float:
+        return self._gate.read_seconds
+
+    @property
+    def idle_seconds(self) -> float:
+        return self._gate.idle_seconds
+
+    def add(self, facts: ForwardFacts) -> None:
+        if self.is_open:
+            self._gate.add(facts)
+
+    def fail(self, why: str) -> None:
+        self._gate.fail(why)
+
+    def report(self) -> dict[str, object]:
+        return self._gate.report()
 
 
 class OpenGate(BenefitGate):
@@ -178,37 +225,37 @@ class OpenGate(BenefitGate):
         return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Counted:
-    hits: int
-    misses: int
-    bytes_read: int
-    times: EngineTimes
+    seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    times: EngineTimes = field(default_factory=EngineTimes)
 
     @classmethod
-    def of(cls, side: _Contestant) -> "_Counted":
-        engine = side.owner.engine
-        times = engine.times
+    def of(cls, engine: ExpertEngine) -> "_Counted":
         counts = engine.cache.counts.values()
         return cls(
-            sum(count.hits for count in counts),
-            sum(count.misses for count in counts),
-            engine.reader.bytes_read,
-            times.since(EngineTimes()),
+            hits=sum(count.hits for count in counts),
+            misses=sum(count.misses for count in counts),
+            bytes_read=engine.reader.bytes_read,
+            times=engine.times.copy(),
         )
 
-    def since(self, other: "_Counted") -> "_Counted":
-        return _Counted(
-            self.hits - other.hits,
-            self.misses - other.misses,
-            self.bytes_read - other.bytes_read,
-            self.times.since(other.times),
-        )
+    def add(self, other: "_Counted", sign: int = 1) -> None:
+        """Add what `other` counts, or take it away."""
+        self.seconds += sign * other.seconds
+        self.hits += sign * other.hits
+        self.misses += sign * other.misses
+        self.bytes_read += sign * other.bytes_read
+        negative = EngineTimes().since(other.times)
+        self.times = self.times.since(negative if sign > 0 else other.times)
 
 
-def _side(counted: _Counted, seconds: float, num_tokens: int, simulated: Timeline) -> Side:
+def _side(counted: _Counted, num_tokens: int, simulated: Timeline) -> Side:
     return Side(
-        milliseconds=1e3 * seconds / num_tokens,
+        milliseconds=1e3 * counted.seconds / num_tokens,
         stall_milliseconds=1e3 * counted.times.stall_seconds / num_tokens,
         simulated_stall_milliseconds=1e3 * simulated.stall_seconds / num_tokens,
         simulated_milliseconds=1e3 * simulated.seconds / num_tokens,
@@ -226,27 +273,25 @@ def _foreteller(request: PairsRequest, side: _Contestant) -> Foreteller:
 
 
 def _simulate(
-    request: PairsRequest, off: _Contestant, on: _Contestant, counted: _Counted, seconds: float
+    request: PairsRequest, side: _Contestant, counted: _Counted, num_tokens: int
 ) -> list[Timeline]:
-    """The counted rows on lanes, off and on, with what the run without prediction took.
+    """The counted rows on lanes, off and on, with what the blocks without prediction took.
 
-    `seconds` of a token: outside the experts' layers they are dense, inside and not waiting they
-    are the experts'.
+    What passed outside the experts' layers is dense, inside and not waiting it is the experts'.
     """
     times = counted.times
-    visits_a_token = times.visits / (request.num_pairs * request.block_tokens)
     cost = StepCost(
-        dense_seconds=seconds / visits_a_token - times.inside_seconds / times.visits,
+        dense_seconds=(counted.seconds - times.inside_seconds) / times.visits,
         expert_seconds=(times.inside_seconds - times.stall_seconds)
         / (counted.hits + counted.misses),
         read_seconds=times.fetch_seconds / max(1, times.fetched),
         copy_seconds=0.0,
     )
-    num_layers = len(off.owner.sites)
-    num_rows = request.warm_tokens + request.num_pairs * request.block_tokens
+    num_layers = len(side.owner.sites)
+    num_rows = request.warm_tokens + num_tokens
     rows = np.arange(num_rows) % request.trace.num_tokens
     trace = _rows(request.trace, rows, num_layers)
-    slots = off.owner.budget.num_slots
+    slots = side.owner.budget.num_slots
     parts = [trace, _rows(request.trace, rows[: request.warm_tokens], num_layers)]
     timelines = []
     for is_on in (False, True):
@@ -260,7 +305,7 @@ def _simulate(
                 policy_accesses=None,
                 queue=None,
             )
-            told = _fresh(on.owner.foresight, part) if is_on else None
+            told = _fresh(side.owner.foresight, part) if is_on else None
             played.append(
                 play(
                     accesses_of.visits(),
