@@ -1,7 +1,9 @@
 """Owns slots, cache and disk threads, and hands layers the experts they need."""
 
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
@@ -11,11 +13,13 @@ from moe_runtime.cache.cache import Access, ExpertCache
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.ahead_line import AheadRead
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.slots import Slots
 from moe_runtime.memory.tensor_map import Extent, TensorMap
+from moe_runtime.scheduling.prefetch import PrefetchLedger
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -30,12 +34,66 @@ class BlobMap(Protocol):
         """Where the parameters of `key` then are."""
 
 
+@dataclass(slots=True)
+class EngineTimes:
+    """Seconds so far, over all visits of layers.
+
+    `inside_seconds` passed between the demand of a layer and its end, `stall_seconds` of them in
+    waiting.
+    `idle_seconds` passed from when a layer had all its experts to when the next one asked for its
+    own: the disk has nothing demanded to read. `fetch_seconds` passed from a demand to the arrival
+    of the last of the `fetched` experts that were read for it.
+    """
+
+    visits: int = 0
+    inside_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    fetch_seconds: float = 0.0
+    fetched: int = 0
+
+    def since(self, other: "EngineTimes") -> "EngineTimes":
+        """What was added after `other`."""
+        return EngineTimes(
+            visits=self.visits - other.visits,
+            inside_seconds=self.inside_seconds - other.inside_seconds,
+            stall_seconds=self.stall_seconds - other.stall_seconds,
+            idle_seconds=self.idle_seconds - other.idle_seconds,
+            fetch_seconds=self.fetch_seconds - other.fetch_seconds,
+            fetched=self.fetched - other.fetched,
+        )
+
+    def copy(self) -> "EngineTimes":
+        return self.since(EngineTimes())
+
+
+@dataclass(frozen=True, slots=True)
+class AheadPlan:
+    """Absent experts to read ahead, the most wanted first, and at most how many of them.
+
+    Where the cache is full, one takes the slot of a victim that `is_worth(key, victim)` gives up.
+    """
+
+    keys: Sequence[ExpertKey]
+    most: int
+    is_worth: Callable[[ExpertKey, ExpertKey], bool]
+
+
+class Planner(Protocol):
+    """Says what to read while the disk has nothing that is demanded."""
+
+    def plan(self, num_in_line: int) -> AheadPlan | None:
+        """After a layer's demand is known, and once more after it ran."""
+
+
 class ExpertEngine:
     """The experts of one model: files behind a cache of slots.
 
     Not shared between models. One layer runs at a time; a second thread waits its turn. `poison`
     fills a slot with NaN before it is read into, so that a race shows in the output (tests).
-    `blobs` says what slots hold, if not experts as `tensor_map` has them.
+    `blobs` says what slots hold, if not experts as `tensor_map` has them. A `planner`, once set, is
+    asked what to read ahead of need: behind all demand, never in place of what the layer that runs
+    needs, and with no say in what is computed.
     """
 
     def __init__(
@@ -53,12 +111,19 @@ class ExpertEngine:
         self.slots = slots
         self.cache = ExpertCache(slots.num_slots, policy)
         self.reader = reader
+        self.planner: Planner | None = None
+        self.ledger = PrefetchLedger()
+        self.times = EngineTimes()
         self._poison = poison
         self._loads: dict[ExpertKey, ExpertLoad] = {}  # not yet known to be done
+        self._ahead: dict[ExpertKey, AheadRead] = {}  # those of them that nobody demanded
+        self._pinned: frozenset[ExpertKey] = frozenset()  # what the layer that runs needs
+        self._idle_since: float | None = None  # when the last demand was met
         # Re-entrant: an interrupt between taking a turn and using it must not block close().
         self._turn = threading.RLock()
         self._is_closed = False
         self._is_open = False  # between a layer's start and its orderly end
+        self._is_planning = False  # so is the cache, while reads ahead change it
 
     def open_layer(self, layer: int, experts: Sequence[int]) -> "LayerAccess":
         """Start reading what is missing of `experts` (ascending) of `layer`; use it in a `with`."""
@@ -68,10 +133,16 @@ class ExpertEngine:
                 raise OffloadedExpertsError(
                     "the experts of this model were released by close(); load the model again"
                 )
-            if self._is_open:  # an interrupt cut short its start, or the clean-up after its end
+            # An interrupt cut short its start, the clean-up after its end, or a read ahead.
+            if self._is_open or self._is_planning:
                 self._reset()
             self._is_open = True
-            return LayerAccess(self, [ExpertKey(layer, expert) for expert in experts])
+            keys = [ExpertKey(layer, expert) for expert in experts]
+            self._pinned = frozenset(keys)
+            self._correct(keys)
+            access = LayerAccess(self, keys)
+            self._look_ahead()
+            return access
         except BaseException:
             self._turn.release()
             raise
@@ -80,6 +151,39 @@ class ExpertEngine:
     def is_closed(self) -> bool:
         return self._is_closed
 
+    def read_ahead(self, plan: AheadPlan) -> None:
+        """Begin to read what `plan` wants, between layers."""
+        with self._turn:
+            if not (self._is_closed or self._is_open or self._is_planning):
+                self._pinned = frozenset()
+                self._begin_ahead(plan)
+
+    def warm(self, keys: Sequence[ExpertKey]) -> None:
+        """Begin to read `keys`, the hottest first, into free slots, behind all demand."""
+        with self._turn:
+            free = [key for key in keys if key not in self.cache][: self.slots.num_slots]
+            self._is_planning = True
+            for key in free:
+                read = self.cache.prefetch(key, frozenset(), lambda key, victim: False)
+                if read is None:
+                    break
+                self._start_ahead(key, read[0])
+            for key in reversed(free):  # the hottest is the last to leave
+                if key in self.cache:
+                    self.cache.policy.touch(key)
+            self._is_planning = False
+
+    def give_up_all(self) -> list[ExpertKey]:
+        """Empty the books; returns what was in slots, in reverse order of how it would leave."""
+        with self._turn:
+            keys = self.cache.give_up_all()
+            self._is_planning = True  # slots and books disagree: the next layer starts anew
+            return keys
+
+    def start_clock(self) -> None:
+        """What passed since the last layer was no time in which a forward ran."""
+        self._idle_since = time.perf_counter()
+
     def close(self) -> None:
         """End the threads, close the files and free the slots. Safe to call twice."""
         with self._turn:
@@ -87,6 +191,49 @@ class ExpertEngine:
                 self._is_closed = True
                 self.reader.close()
                 self.slots.close()
+
+    def _look_ahead(self) -> None:
+        plan = None if self.planner is None else self.planner.plan(len(self.reader.ahead))
+        if plan is not None:
+            self._begin_ahead(plan)
+
+    def _begin_ahead(self, plan: AheadPlan) -> None:
+        self._is_planning = True
+        for key in plan.keys[: plan.most]:
+            read = self.cache.prefetch(key, self._pinned | self.ledger.awaited, plan.is_worth)
+            if read is None:
+                break
+            slot, evicted = read
+            if evicted is not None:
+                self._leave_slot(evicted)
+            self._start_ahead(key, slot)
+            self.ledger.start(key, evicted)
+        self._is_planning = False
+
+    def _correct(self, keys: Sequence[ExpertKey]) -> None:
+        """Before a layer's demand is planned: take back what was foretold of it and is wrong.
+
+        What was not begun leaves its slot; the rest is read after all others, and leaves first.
+        """
+        for key, read in list(self._ahead.items()):
+            if read.load.is_done:
+                del self._ahead[key]
+                if not read.load.has_arrived:  # nobody asked for it: no error until somebody does
+                    self._loads.pop(key, None)
+                    self.cache.discard(key)
+        if not keys or self.ledger.is_empty:
+            return
+        for key in self.ledger.visit(keys, self.cache, self._share_read):
+            wrong = self._ahead.get(key)
+            if wrong is None or wrong.has_started:
+                self.cache.demote(key)
+                if wrong is not None:
+                    self.reader.ahead.demote(wrong)
+            else:
+                self._give_up(key)
+
+    def _share_read(self, key: ExpertKey) -> float:
+        return self._ahead[key].share_taken if key in self._ahead else 1.0
 
     def _start_load(self, key: ExpertKey, slot: int) -> None:
         if self._poison:
@@ -102,8 +249,46 @@ class ExpertEngine:
             on_complete=lambda: self.slots.commit(slot, blob),
         )
 
+    def _start_ahead(self, key: ExpertKey, slot: int) -> None:
+        if self._poison:
+            self.slots.poison(slot)
+        blob = self.slots.blob(slot)
+        load = ExpertLoad()
+        read = self._ahead[key] = self.reader.ahead_read(
+            self.blobs.extents(key),
+            self.blobs.layout(key),
+            blob,
+            load,
+            on_complete=lambda: self.slots.commit(slot, blob),
+        )
+        self._loads[key] = load
+        self.reader.ahead.append(read)
+
+    def _demand(self, key: ExpertKey) -> None:
+        """`key` is in a slot, or on its way there as nobody's: now it is a layer's."""
+        read = self._ahead.pop(key, None)
+        if read is not None:
+            self.reader.ahead.promote(read)
+
+    def _leave_slot(self, key: ExpertKey) -> None:
+        """`key` was evicted: nothing may be written to its slot any more."""
+        self.ledger.leave(key, self._share_read(key))
+        self._drop_load(key)
+
+    def _give_up(self, key: ExpertKey) -> None:
+        """Cancel the read ahead of `key`, whose slot is free then."""
+        self.ledger.cancel(key, self._share_read(key))
+        self._drop_load(key)
+        self.cache.discard(key)
+
     def _drop_load(self, key: ExpertKey) -> None:
-        """`key` leaves its slot: nothing may be written there any more."""
+        """Whatever is on its way for `key` arrives or is cancelled, and is forgotten."""
+        read = self._ahead.get(key)
+        if read is not None:
+            self.reader.ahead.cancel(read)
+            self._loads.pop(key, None)
+            del self._ahead[key]
+            return
         load = self._loads.get(key)
         if load is not None:
             load.settle()
@@ -111,11 +296,11 @@ class ExpertEngine:
 
     def _reset(self) -> None:
         """Forget every expert: the plan of the last layer may be half made."""
-        for load in self._loads.values():
-            load.settle()
-        self._loads.clear()
+        for key in {*self._ahead, *self._loads}:
+            self._drop_load(key)
+        self.ledger.clear()
         self.cache.clear()
-        self._is_open = False
+        self._is_open = self._is_planning = False
 
 
 class LayerAccess:
@@ -130,6 +315,9 @@ class LayerAccess:
         self._waiting: dict[ExpertKey, Access] = {}  # by the key whose release they need
         self._accesses: dict[int, Access] = {}
         self._started: set[ExpertKey] = set()
+        self._demanded_at = self._met_at = time.perf_counter()
+        if engine._idle_since is not None:
+            engine.times.idle_seconds += self._demanded_at - engine._idle_since
         self._start(engine.cache.admit(keys))
 
     @property
@@ -151,7 +339,12 @@ class LayerAccess:
         assert access.is_hit or access.key in self._started, f"{access.key} waits for a release"
         load = self._engine._loads.get(access.key)
         if load is not None:
+            if not load.is_done:
+                waits_from = time.perf_counter()
+                load.settle()  # sync: the reads of one expert
+                self._engine.times.stall_seconds += time.perf_counter() - waits_from
             load.wait()
+            self._met_at = max(self._met_at, load.done_at)
             self._engine._loads.pop(access.key, None)
         return self._engine.slots.views(access.slot, self._engine.blobs.layout(access.key))
 
@@ -175,10 +368,25 @@ class LayerAccess:
             if error is not None:
                 self._abandon()
             self._engine._is_open = False
+            self._account()
+            if error is None:
+                self._engine._look_ahead()
         finally:
             self._engine._turn.release()
 
+    def _account(self) -> None:
+        times = self._engine.times
+        times.visits += 1
+        times.inside_seconds += time.perf_counter() - self._demanded_at
+        if self._started:
+            times.fetch_seconds += self._met_at - self._demanded_at
+            times.fetched += len(self._started)
+        self._engine._idle_since = self._met_at
+
     def _start(self, accesses: list[Access]) -> None:
+        for access in accesses:  # on its way already: first to arrive
+            if access.is_hit:
+                self._engine._demand(access.key)
         passed: set[ExpertKey] = set()
         for access in accesses:
             self._accesses[access.key.expert] = access
@@ -191,12 +399,14 @@ class LayerAccess:
 
     def _begin(self, access: Access) -> None:
         if access.evicted is not None:
-            self._engine._drop_load(access.evicted)
+            self._engine._leave_slot(access.evicted)
         self._engine._start_load(access.key, access.slot)
         self._started.add(access.key)
 
     def _abandon(self) -> None:
         """After an error or an interrupt: forget what never arrived, keep what did."""
+        for key in list(self._engine._ahead):
+            self._engine._give_up(key)
         for access in self._accesses.values():
             if not access.is_hit and access.key not in self._started:
                 self._engine.cache.discard(access.key)

@@ -16,6 +16,7 @@ from moe_runtime.trace_fields import Array
 __all__ = [
     "Fingerprint",
     "Forecast",
+    "Foreteller",
     "Gate",
     "ModelFacts",
     "Predictor",
@@ -185,6 +186,20 @@ class State:
 
     settings: Mapping[str, Any]
     tensors: Mapping[str, Array]
+
+
+class Foreteller(Protocol):
+    """What can say what is probable while a model runs, fitted or not."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]]  # fields of a trace beside topk, to work
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """Whose routing it foretells."""
+
+    def start(self) -> Session:
+        """A session that has seen no sequence yet; sessions share what was fitted, no state."""
 
 
 class Predictor(Protocol):

@@ -56,7 +56,7 @@ def run_apart(*arguments: str | Path, cwd: Path, stdin: str = "") -> Outcome:
     done = subprocess.run(
         command(*arguments),
         cwd=cwd,
-        env=environment(),
+        env=environment() | {"XDG_CACHE_HOME": str(cwd / ".cache")},  # nothing in the user's own
         input=stdin,
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 """Settings that hold for every test: repeatable property tests, one computing thread."""
 
 import os
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def own_warm_start(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests leave nothing in the user's cache, and one does not warm the next."""
+    folder = tmp_path_factory.getbasetemp() / f"warm-{uuid.uuid4().hex}"
+    monkeypatch.setattr("moe_runtime.warm_start.default_folder", lambda: folder)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -45,7 +45,7 @@ def predictor(trace: Trace, tmp_path: Path) -> Path:
 def test_a_machine_adds_time_beside_its_bounds(
     trace: Trace, predictor: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Law: each policy and size is played, plec with prefetching too, and no bound is beaten."""
+    """Law: each policy and size is played, with prefetching too, and no bound is beaten."""
     arguments = ("--slots", "6,12", "--policies", "lru,plec", "--json")
     outcome = simulate(
         capsys, tmp_path / "T.npz", *arguments, "--predictor", predictor, "--hardware", MACHINE
@@ -58,6 +58,8 @@ def test_a_machine_adds_time_beside_its_bounds(
         ("lru", 12, False),
         ("plec", 6, False),
         ("plec", 12, False),
+        ("lru", 6, True),
+        ("lru", 12, True),
         ("plec", 6, True),
         ("plec", 12, True),
     ]
@@ -66,7 +68,8 @@ def test_a_machine_adds_time_beside_its_bounds(
         assert one["perfect_prediction_seconds"] >= one["infinite_bandwidth_seconds"]
         assert one["stall_seconds"] >= 0
         assert one["num_steps"] == 60
-        assert one["predictor"] == (None if one["policy"] == "lru" else "previous_token")
+        is_told = one["prefetch"] or one["policy"] == "plec"
+        assert one["predictor"] == ("previous_token" if is_told else None)
         assert one["fetches_more_than_lru"] in (True, False)
         assert one["bytes_fetched_experts"] == one["misses"] + one["prefetches"]
 

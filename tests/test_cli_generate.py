@@ -73,12 +73,38 @@ def test_results_are_those_of_the_unmodified_model_in_input_order(
         assert result["finish_reason"] == "length"
 
 
+def test_prediction_is_told_of_and_changes_no_token(capsys: Capsys, model: Path) -> None:
+    """Law: expected and realised gain, wasted bytes and the reason stand in JSON and on screen."""
+    expected = generate(capsys, model, *prompt_options())
+    assert expected["prediction"] == {
+        "predictor": None, "mode": "off", "why": "predictor is off",
+    }  # fmt: skip
+    found = generate(capsys, model, *prompt_options(), "--predictor", "auto", "--no-warm-start")
+    assert [r["token_ids"] for r in found["results"]] == [
+        r["token_ids"] for r in expected["results"]
+    ]
+    prediction = found["prediction"]
+    assert prediction["predictor"] == "gate_lookahead"
+    assert prediction["why"]
+    for name in ("expected_gain_ms_per_layer", "realised_gain_ms_per_layer", "wasted_bytes"):
+        assert prediction[name] >= 0 or name == "expected_gain_ms_per_layer"
+    outcome = run_here(
+        capsys, "generate", model, "--expert-memory", SLOTS_SHARE, "--max-new-tokens", "4",
+        "--prompt", "hello", "--predictor", "gate_lookahead",
+    )  # fmt: skip
+    assert outcome.code == 0
+    assert "reading ahead" in outcome.out
+    outcome = run_here(capsys, "generate", model, "--prompt", "x", "--predictor", "markov")
+    assert outcome.code != 0
+    assert "predictor 'markov' has to be fitted first" in outcome.err
+
+
 def test_figures_add_up(capsys: Capsys, model: Path) -> None:
     found = generate(capsys, model, *prompt_options())
     cache, memory = found["cache"], found["memory"]
     assert set(found) == {
-        "results", "decode_tokens_per_second", "time_to_first_token_seconds", "cache", "memory",
-        "settings",
+        "results", "decode_tokens_per_second", "time_to_first_token_seconds", "cache", "prediction",
+        "memory", "settings",
     }  # fmt: skip
     assert found["decode_tokens_per_second"] > 0
     assert found["time_to_first_token_seconds"] > 0

@@ -21,6 +21,7 @@ from moe_runtime.engine import ExpertEngine, LayerAccess, Weights
 from moe_runtime.errors import ExpertReadError, OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.layer import Dispatch, ExpertAccess, ExpertMath, run_experts
+from moe_runtime.memory.ahead_line import AheadLine
 from moe_runtime.memory.disk import Blob, DiskReader, _OpenFile
 from moe_runtime.memory.slots import DeviceSlots, HostSlots
 from moe_runtime.memory.tensor_map import TensorMap
@@ -137,6 +138,7 @@ def running(
     if shuffled:
         reader._pool.shutdown()
         reader._pool = ShuffledPool(rng.randint(1, 2), rng)  # type: ignore[assignment]
+        reader.ahead = AheadLine(reader._pool)
     most = world.tensor_map.num_experts
     favourites = [ExpertKey(layer, 0) for layer in range(NUM_LAYERS)]
     num_slots, slot_bytes = num_slots or rng.randint(1, most), world.tensor_map.slot_bytes

@@ -38,7 +38,7 @@ NOUNS = names(
 )
 BELOW_3 = NOUNS | names("perf kernels predictors placement memory cache")
 BELOW_4 = BELOW_3 | names("simulate scheduling parallel")
-WIRING = names("layer fast_layer engine offline kernel_settings")
+WIRING = names("layer fast_layer engine foresight warm_start offline kernel_settings")
 BELOW_5 = BELOW_4 | WIRING
 BELOW_6 = BELOW_5 | names("integrations measure report")
 # The names of foreign runtimes and model formats: floor 5 is where they may be known.
@@ -58,8 +58,9 @@ LAW = {
     ),
     "memory": Room(2, names("memory"), NOUNS | {"kernels"}, names("numpy torch psutil")),
     "cache": Room(2, names("cache"), NOUNS, names("numpy")),
-    "simulate": Room(3, names("simulate"), BELOW_3, names("numpy torch")),
     "scheduling": Room(3, names("scheduling"), BELOW_3, names("numpy torch")),
+    # Half a floor up: what is simulated are the very decisions that scheduling takes.
+    "simulate": Room(3.5, names("simulate"), BELOW_3 | {"scheduling"}, names("numpy torch")),
     "parallel": Room(3, names("parallel"), BELOW_3, names("numpy torch")),
     "wiring": Room(4, WIRING, BELOW_5, names("numpy torch")),
     "integrations": Room(

@@ -42,13 +42,14 @@ class ExpertCache:
     policy: EvictionPolicy
     counts: defaultdict[int, LayerCounts] = field(default_factory=lambda: defaultdict(LayerCounts))
     _slots: dict[ExpertKey, int] = field(default_factory=dict)
+    _demoted: dict[ExpertKey, None] = field(default_factory=dict)  # leave before all others
     _free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.num_slots > 0, self.num_slots
         self._free = list(range(self.num_slots - 1, -1, -1))
 
-    def __contains__(self, key: ExpertKey) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._slots
 
     def __len__(self) -> int:
@@ -80,6 +81,8 @@ class ExpertCache:
         if keys:
             policy.visit(keys)
         held = list(map(slots.get, keys))
+        for key in keys if self._demoted else ():
+            self._demoted.pop(key, None)
         reads: list[Read] = []
         if None not in held:  # the common case, kept short
             for key in keys:
@@ -95,11 +98,10 @@ class ExpertCache:
                     if free:
                         slot, evicted = free.pop(), None
                     else:
-                        evicted = policy.victim(pinned)
+                        evicted = self._victim(pinned)
                         if evicted is None:
                             evicted = next(key for key in reversed(keys) if key in slots)
-                        policy.forget(evicted)
-                        slot = slots.pop(evicted)
+                        slot = self._evict(evicted)
                     slots[key] = slot
                     reads.append((slot, evicted))
                 policy.touch(key)
@@ -124,28 +126,53 @@ class ExpertCache:
         if self._free:
             slot, evicted = self._free.pop(), None
         else:
-            evicted = self.policy.victim(pinned)
+            evicted = self._victim(pinned)
             if evicted is None or not is_worth(key, evicted):
                 return None
-            self.policy.forget(evicted)
-            slot = self._slots.pop(evicted)
+            slot = self._evict(evicted)
         self._slots[key] = slot
         self.policy.touch(key)
         return slot, evicted
+
+    def demote(self, key: ExpertKey) -> None:
+        """Let `key`, which was read for a use that did not come, leave before all others."""
+        if key in self._slots:
+            self._demoted[key] = None
 
     def discard(self, key: ExpertKey) -> None:
         """Forget `key`, whose slot does not hold it after all."""
         slot = self._slots.pop(key, None)
         if slot is not None:
+            self._demoted.pop(key, None)
             self.policy.forget(key)
             self._free.append(slot)
+
+    def give_up_all(self) -> list[ExpertKey]:
+        """Forget every key, in the order in which it would be evicted; returns the last first."""
+        leaving: list[ExpertKey] = []
+        while (key := self._victim(frozenset())) is not None:
+            self._free.append(self._evict(key))
+            leaving.append(key)
+        return leaving[::-1]
 
     def clear(self) -> None:
         """Forget every key, also after an interrupt that left `decide` half done."""
         for key in list(self._slots):
             self.policy.forget(key)
         self._slots.clear()
+        self._demoted.clear()
         self._free = list(range(self.num_slots - 1, -1, -1))
+
+    def _victim(self, pinned: AbstractSet[ExpertKey]) -> ExpertKey | None:
+        for key in self._demoted:
+            if key not in pinned:
+                return key
+        return self.policy.victim(pinned)
+
+    def _evict(self, key: ExpertKey) -> int:
+        self.policy.forget(key)
+        self._demoted.pop(key, None)
+        return self._slots.pop(key)
 
 
 def _miss(key: ExpertKey, read: Read) -> Access:

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
-from moe_runtime.cache.predictions import Predictions
+from moe_runtime.cache.predictions import LEAST_PREFETCHED, Predictions
 from moe_runtime.cache.reuse_model import Array, ReuseModel, log_odds, sigmoid
 from moe_runtime.expert import ExpertKey
 
 _LEAST_PROBABILITY = 1e-5  # and 1 less this the greatest: what is certain is never doubted again
-_LEAST_PREFETCHED = 0.5  # probability of use
 _TRUST_STEP = 0.05
 
 
@@ -78,11 +77,20 @@ class PLECPolicy:
             predictions = Predictions.of(predictions, self._advice.shape)
         self._predictions = predictions
 
+    def state(self) -> dict[str, Array]:
+        """What was learnt, as arrays that `restore` takes; not who is resident."""
+        return self._model.state()
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Go on with what another run learnt, or raise KeyError or ValueError."""
+        self._model.restore(state)
+        self._expected = None
+
     def wanted(self) -> list[ExpertKey]:
         """Absent keys worth a fetch ahead: most probability over visits until the use first."""
         probability = sigmoid(_mixed(self._model.next_log_odds, self._advice, self._trust))
         value = (probability / self._distance[self._layer]).ravel()
-        value[self._is_resident | (probability.ravel() < _LEAST_PREFETCHED)] = 0.0
+        value[self._is_resident | (probability.ravel() < LEAST_PREFETCHED)] = 0.0
         order = np.argsort(-value, kind="stable")[: np.count_nonzero(value)]
         return [ExpertKey(*divmod(number, self._num_experts)) for number in order.tolist()]
 

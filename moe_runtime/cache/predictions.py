@@ -12,6 +12,9 @@ from moe_runtime.expert import ExpertKey
 
 Array = np.ndarray[Any, Any]
 
+# Probability of use from which a read ahead is considered at all.
+LEAST_PREFETCHED = 0.5
+
 
 class Predictions(Mapping[ExpertKey, float]):
     """Probabilities of use at the next visit of each layer, by key; NaN where nothing is said.

@@ -3,7 +3,7 @@
 L MoE layers, E experts a layer, F features, G lags, n experts that a visit uses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,38 @@ class ReuseModel:
         pairs = self.next_log_odds - self._own
         found: Array = self._later + self._later_weights.values[_PAIRS] * pairs
         return np.maximum(found, _LEAST_LATER, out=found)
+
+    def state(self) -> dict[str, Array]:
+        """All that was learnt, as arrays; which visits came last is not among it."""
+        return {name: array.copy() for name, array in self._learnt().items()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Take what `state` gave. Raises KeyError or ValueError, and changes nothing then."""
+        learnt = self._learnt()
+        for name, array in learnt.items():
+            found = state[name]
+            if found.shape != array.shape or not np.isfinite(found).all():
+                raise ValueError(f"{name} of a reuse model is not {list(array.shape)} numbers")
+        for name, array in learnt.items():
+            array[:] = state[name]
+        self.next_log_odds[:] = self._own
+
+    def _learnt(self) -> dict[str, Array]:
+        return {
+            "averages": self._averages,
+            "age": self._age,
+            "features": self._features,
+            "features_before": self._features_before,
+            "older": self._older,
+            "pair": self._pair,
+            "pair_squares": self._pair_squares,
+            "own": self._own,
+            "later": self._later,
+            "next_weights": self._next_weights.values,
+            "next_squares": self._next_weights.squares,
+            "later_weights": self._later_weights.values,
+            "later_squares": self._later_weights.squares,
+        }
 
     def visit(self, layer: int, experts: Sequence[int]) -> None:
         """`layer` uses `experts`, all of them and no other."""
@@ -152,7 +184,7 @@ class _SharedWeights:
     def __init__(self) -> None:
         self.values = np.zeros(_NUM_FEATURES, np.float32)
         self.values[_ODDS][2:4] = _PRIOR
-        self._squares = np.full(_NUM_FEATURES, _FIRST_SQUARE, np.float32)
+        self.squares = np.full(_NUM_FEATURES, _FIRST_SQUARE, np.float32)
 
     def log_odds(self, features: Array) -> Array:
         found: Array = (features * self.values).sum(axis=1)
@@ -160,8 +192,8 @@ class _SharedWeights:
 
     def learn(self, features: Array, errors: Array) -> None:
         gradient = (errors[:, None] * features).sum(axis=0)
-        self._squares += gradient * gradient
-        self.values += _SHARED_STEP * gradient / np.sqrt(self._squares)
+        self.squares += gradient * gradient
+        self.values += _SHARED_STEP * gradient / np.sqrt(self.squares)
 
 
 def sigmoid(x: Array) -> Array:

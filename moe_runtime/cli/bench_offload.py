@@ -14,7 +14,7 @@ from rich.status import Status
 from rich.table import Table as Grid
 from rich.text import Text
 
-from moe_runtime.cli.options import MODEL_PANEL, OUTPUT_PANEL, Json, Policy
+from moe_runtime.cli.options import MODEL_PANEL, OUTPUT_PANEL, Json, Policy, PredictorOption
 from moe_runtime.cli.outputs import check_writable
 from moe_runtime.cli.terminal import Terminal
 
@@ -106,6 +106,7 @@ def offload(
             help="Which expert makes room in moe_runtime's cache.", rich_help_panel=_PLAN_PANEL
         ),
     ] = Policy.LRU,
+    predictor: PredictorOption = "off",
     steps: Annotated[
         int,
         typer.Option(min=6, help="Tokens a contestant and table.", rich_help_panel=_PLAN_PANEL),
@@ -164,6 +165,7 @@ def offload(
             peers=peers,
             equal_totals=totals is Totals.EQUAL,
             policy=policy,
+            predictor=predictor,
             exact=exact,
             num_steps=steps,
             seconds=seconds,

@@ -50,6 +50,7 @@ def demo(
         prompts=PROMPTS,
         decoding=Decoding(max_new_tokens=max_new_tokens, temperature=TEMPERATURE, seed=SEED),
         expert_memory=EXPERT_MEMORY,
+        warm_start=False,  # the same figures at every run
         check=check,
     )
     generate_and_show(request, terminal)

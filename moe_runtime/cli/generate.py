@@ -23,6 +23,7 @@ from moe_runtime.cli.options import (
     Model,
     Policy,
     PolicyOption,
+    PredictorOption,
     Revision,
     Seed,
     Temperature,
@@ -75,6 +76,15 @@ def generate(
     chat: Chat = False,
     expert_memory: ExpertMemoryOption = "auto",
     policy: PolicyOption = Policy.LRU,
+    predictor: PredictorOption = "off",
+    warm_start: Annotated[
+        bool,
+        typer.Option(
+            "--warm-start/--no-warm-start",
+            help="Read first what was hot when this model was closed last, and keep that again.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = True,
     expert_slots: ExpertSlotsOption = ExpertSlots.AUTO,
     expert_dtype: ExpertDtypeOption = ExpertDtype.AUTO,
     page_cache: Annotated[
@@ -146,6 +156,8 @@ def generate(
         ),
         expert_memory=expert_memory,
         policy=policy,
+        predictor=predictor,
+        warm_start=warm_start,
         expert_slots=expert_slots,
         expert_dtype=expert_dtype,
         page_cache=page_cache,

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -83,6 +84,7 @@ def _figures(generation: Generation) -> Table:
         f"{cache['hit_rate']:.1%} hits ({cache['policy']}, {cache['slots']} slots of "
         f"{format_bytes(cache['slot_bytes'])})",
     )
+    table.add_row("reading ahead", _reading_ahead(generation.report["prediction"]))
     read = cache["bytes_read"] / generation.num_tokens
     table.add_row("read from disk", f"{format_bytes(read)} a token")
     table.add_row(
@@ -110,3 +112,16 @@ def _verdict(generation: Generation) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _reading_ahead(prediction: dict[str, Any]) -> str:
+    """What was expected, what came of it, and why it is on or off."""
+    if prediction["predictor"] is None:
+        return f"off: {prediction['why']}"
+    return (
+        f"{prediction['mode']} ({prediction['predictor']}): {prediction['why']}; expected "
+        f"{prediction['expected_gain_ms_per_layer']:.3f} and realised "
+        f"{prediction['realised_gain_ms_per_layer']:.3f} ms a layer, "
+        f"{prediction['used']} of {prediction['reads_ahead']} reads used, "
+        f"{format_bytes(prediction['wasted_bytes'])} wasted"
+    )

@@ -106,6 +106,15 @@ PolicyOption = Annotated[
         rich_help_panel=MEMORY_PANEL,
     ),
 ]
+PredictorOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME|FILE",
+        help="Read experts before they are needed, while that gains time: auto (the model's own "
+        "routers, a layer ahead), a file of `predictor train`, or off.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
 ExpertSlotsOption = Annotated[
     ExpertSlots,
     typer.Option(

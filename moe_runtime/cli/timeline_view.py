@@ -69,7 +69,7 @@ def timeline_table(results: "Sequence[TimelineResult]", title: str) -> Table:
             *(f"{1000 * each / timeline.num_steps:.2f}" for each in seconds),
             f"{timeline.bytes_fetched_experts}{mark}",
             f"{timeline.prefetches}",
-            f"{timeline.wasted}",
+            f"{timeline.wasted:.1f}",
         )
     return table
 

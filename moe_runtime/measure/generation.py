@@ -37,6 +37,8 @@ class GenerationRequest:
     decoding: Decoding
     expert_memory: str = "auto"
     policy: str = "lru"
+    predictor: str = "off"
+    warm_start: bool = True
     expert_slots: str = "auto"
     expert_dtype: str = "auto"
     page_cache: bool = False
@@ -119,6 +121,7 @@ class Generation:
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "time_to_first_token_seconds": self.time_to_first_token_seconds,
             "cache": cache,
+            "prediction": self.report["prediction"],
             "memory": self.report["memory"] | asdict(self.resident),
             "settings": self._settings(),
         }
@@ -202,6 +205,8 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
         resolved.folder,
         expert_memory=request.expert_memory,
         policy=request.policy,
+        predictor=request.predictor,
+        warm_start=request.warm_start,
         expert_slots=request.expert_slots,
         expert_dtype=request.expert_dtype,
         page_cache=request.page_cache,
@@ -290,6 +295,8 @@ def _greedy_in_float32(
         expert_slots="auto",
         expert_dtype="auto",  # rounds bfloat16 weights alone; the logits below are judged with it
         max_memory=None,
+        predictor="off",
+        warm_start=False,
         check=False,
     )
     decoding = Decoding(max_new_tokens=request.decoding.max_new_tokens)

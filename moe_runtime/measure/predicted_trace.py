@@ -9,8 +9,8 @@ import numpy as np
 from moe_runtime.errors import PredictorError
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.measure.predictor_facts import checkpoint_digest
 from moe_runtime.measure.prompt import encode_prompts, load_tokenizer
+from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.predictors.metrics import top_experts
 from moe_runtime.predictors.predictor import Predictor, StepRows
 from moe_runtime.predictors.store import check_fingerprint

@@ -3,28 +3,27 @@
 E experts a layer, D model dim.
 """
 
-import hashlib
 from contextlib import closing
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.measure.routing_sites import fused_sites, router_beside
+from moe_runtime.integrations.transformers.routers import (
+    gate_of,
+    parameter_numbers,
+    router_beside,
+)
+from moe_runtime.measure.routing_sites import fused_sites
+from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.predictors.gate import gate_topk
 from moe_runtime.predictors.predictor import Fingerprint, Gate, ModelFacts
 from moe_runtime.trace import Phase, Trace
 from moe_runtime.trace_fields import Array
 
-_SAMPLES = 64
-_SAMPLE_BYTES = 4096
 _TRIAL_ROWS = 512
 # Recorded inputs are float16 and the model may compute in bfloat16: near ties fall either way.
 _LEAST_AGREEMENT = 0.97
@@ -47,13 +46,14 @@ def model_facts(
         loaded = load(
             resolved.folder,
             expert_memory="auto",
+            warm_start=False,
             trust_remote_code=trust_remote_code,
             dtype="auto",
         )
     with closing(handle(loaded)):
-        embedding = _numbers(next(loaded.get_input_embeddings().parameters()))
+        embedding = parameter_numbers(next(loaded.get_input_embeddings().parameters()))
         routers = [router_beside(loaded, site) for site in fused_sites(loaded)]
-        gates = tuple(_gate(router, trace.num_experts) for router in routers)
+        gates = tuple(gate_of(router, trace.num_experts) for router in routers)
     facts = ModelFacts(
         fingerprint=Fingerprint.of(trace, checkpoint_digest(resolved.folder)),
         embedding=embedding,
@@ -62,23 +62,6 @@ def model_facts(
     if trace.hidden is not None:
         _try_gates(gates, trace)
     return facts
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """16 hexadecimal digits: of the sizes of a checkpoint's weight files and samples of them.
-
-    Reads a little of each file, however large: its head, where the tensors' names and shapes are,
-    and blocks at even distances.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(size * sample // _SAMPLES)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def agreement(gate: Gate, hidden: Array, topk: Array) -> float:
@@ -99,30 +82,3 @@ def _try_gates(gates: tuple[Gate, ...], trace: Trace) -> None:
                 "another checkpoint, or this family's gate is of another kind: leave out "
                 "gate_lookahead and gate_corrected"
             )
-
-
-def _gate(router: nn.Module, num_experts: int) -> Gate:
-    """The numbers of a router module of transformers: a matrix, and what may come with it."""
-    weight = next((p for p in router.parameters() if p.ndim == 2 and len(p) == num_experts), None)
-    if weight is None:
-        raise UnsupportedModelError(
-            f"router {type(router).__name__} has no matrix of {num_experts} rows; predictors that "
-            "need gates cannot be used with this model"
-        )
-    named: dict[str, Any] = {**dict(router.named_parameters()), **dict(router.named_buffers())}
-    zeros = np.zeros(num_experts, np.float32)
-    bias, selection = named.get("bias"), named.get("e_score_correction_bias")
-    return Gate(
-        weight=_numbers(weight),
-        bias=zeros if bias is None else _numbers(bias),
-        selection_bias=zeros if selection is None else _numbers(selection),
-        # transformers scores by sigmoid wherever it corrects the choice by such a bias.
-        is_sigmoid=selection is not None,
-        num_groups=int(getattr(router, "num_group", None) or getattr(router, "n_group", None) or 1),
-        groups_used=int(getattr(router, "topk_group", None) or 1),
-    )
-
-
-def _numbers(tensor: torch.Tensor) -> Array:
-    found: Array = tensor.detach().float().cpu().numpy()
-    return found

@@ -35,6 +35,11 @@ class RoutingReplay:
             for layer, module in enumerate(modules)
         ]
 
+    @property
+    def position(self) -> int:
+        """The row that the first layer is given next."""
+        return self._positions[0]
+
     def seek(self, row: int) -> None:
         """The next forward starts with this row of the trace (padding rows not counted)."""
         self._positions = [row] * len(self._positions)

@@ -3,7 +3,6 @@
 B sequences of a batch, S new tokens of each, T = B*S rows, L MoE layers, K top-k, D model dim.
 """
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.integrations.transformers.experts import argument_names
-from moe_runtime.measure.routing_sites import (
-    fused_sites,
-    layer_ids,
-    num_hidden_layers,
-    router_beside,
+from moe_runtime.integrations.transformers.forward_rows import (
+    inputs_of,
+    named_arguments,
+    positions_of,
 )
+from moe_runtime.integrations.transformers.routers import router_beside
+from moe_runtime.measure.routing_sites import fused_sites, layer_ids, num_hidden_layers
 from moe_runtime.trace import Phase, Trace
 from moe_runtime.trace_fields import Array
 from moe_runtime.trace_writer import TraceWriter
@@ -113,9 +113,7 @@ class RoutingRecorder:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._routing.clear()
         self._hidden.clear()
-        if args:
-            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        self._rows = self._rows_of(kwargs)
+        self._rows = self._rows_of(named_arguments(module, args, kwargs))
 
     def _on_experts(
         self,
@@ -165,24 +163,13 @@ class RoutingRecorder:
 
     def _rows_of(self, kwargs: Mapping[str, Any]) -> "_Rows":
         """Who the rows of this forward are."""
-        tokens: torch.Tensor | None = kwargs.get("input_ids")
-        inputs: torch.Tensor | None = kwargs.get("inputs_embeds") if tokens is None else tokens
-        if inputs is None:
-            raise UnsupportedModelError(
-                "a forward had neither input_ids nor inputs_embeds, so its tokens cannot be told; "
-                "record the module that generate() is called on"
-            )
-        num_sequences, num_new = inputs.shape[:2]
+        token_id, num_past = inputs_of(kwargs)
+        num_sequences, num_new = token_id.shape
         cache = kwargs.get("past_key_values")
-        num_past = 0 if cache is None else int(cache.get_seq_length())
         batch = self._batches.get(cache) if num_past else None
         if batch is None or len(batch.sequence_ids) != num_sequences:
             batch = self._new_batch(num_sequences)
-        if tokens is not None:
-            token_id = tokens.cpu().numpy().astype(np.int32)
-        else:
-            token_id = np.full((num_sequences, num_new), -1, np.int32)
-        position = _positions(kwargs.get("attention_mask"), num_sequences, num_new, num_past)
+        position = positions_of(kwargs, num_sequences, num_new, num_past)
         is_decode = num_new == 1 and num_past > 0
         if is_decode and self._end_token_ids:
             position[batch.is_ended] = -1
@@ -296,15 +283,3 @@ def _about(forwards: Sequence[_Rows]) -> dict[str, Any]:
         "step": np.repeat(np.arange(len(forwards)), num_rows),
         "domain": np.repeat(np.concatenate([rows.batch.domains for rows in forwards]), num_new),
     }
-
-
-def _positions(mask: Any, num_sequences: int, num_new: int, num_past: int) -> Array:
-    """`[B, S]`: where each new token stands among the tokens of its sequence that a mask shows."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        row = np.arange(num_past, num_past + num_new, dtype=np.int32)
-        return np.tile(row, (num_sequences, 1))
-    seen = mask.cpu().numpy() != 0
-    # Some callers leave the past out of the mask: it is all seen then.
-    before = num_past + num_new - seen.shape[1]
-    counted = np.cumsum(seen, axis=1, dtype=np.int32)[:, -num_new:] - 1 + before
-    return np.where(seen[:, -num_new:], counted, -1).astype(np.int32)

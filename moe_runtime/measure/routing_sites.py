@@ -36,17 +36,3 @@ def num_hidden_layers(model: nn.Module, sites: Sequence[ExpertSite]) -> int:
     config: Any = getattr(model, "config", None)
     written = 0 if config is None else getattr(config.get_text_config(), "num_hidden_layers", 0)
     return max(int(written), layer_ids(sites)[-1] + 1)
-
-
-def router_beside(model: nn.Module, site: ExpertSite) -> nn.Module:
-    """The module beside a site's experts whose output transformers records as router logits.
-
-    Where a family names none, the experts themselves, which see what the router sees.
-    """
-    recorded = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
-    marks = [names["router_logits"] for names in recorded if "router_logits" in names]
-    # Families name the class itself, or a recorder of it.
-    kinds = [getattr(mark, "target_class", mark) for mark in marks]
-    routers = tuple(kind for kind in kinds if isinstance(kind, type))
-    block = model.get_submodule(site.name.rpartition(".")[0])
-    return next((child for child in block.children() if isinstance(child, routers)), site.module)

@@ -104,6 +104,7 @@ def record_trace(request: RecordingRequest, listener: RecordingListener) -> Reco
             resolved.folder,
             expert_memory=request.expert_memory,
             policy=request.policy,
+            warm_start=False,
             trust_remote_code=request.trust_remote_code,
             dtype=request.dtype,
         )

@@ -20,6 +20,7 @@ import torch
 from moe_runtime.errors import ExpertReadError
 from moe_runtime.kernels.cpu.quantise import load_quantiser
 from moe_runtime.kernels.cpu.unpack import load_codec
+from moe_runtime.memory.ahead_line import AheadLine, AheadRead, read_now
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.packing import ITEM_BYTES, require_intact
@@ -51,6 +52,7 @@ class DiskReader:
 
     `direct` asks for O_DIRECT reads, which leave the page cache alone, so that a memory budget is
     one; where the file system refuses, reads go through the page cache and `is_direct` says so.
+    `ahead` is the line of reads that nobody has demanded.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class DiskReader:
         for _ in range(num_threads):
             self._buffers.put(_aligned_buffer(chunk_bytes + 2 * _PAGE_BYTES))
         self._pool = ReaderPool(num_threads, "moe-runtime-disk")
+        self.ahead = AheadLine(self._pool)
         self._counter_lock = threading.Lock()
         self._bytes_read = 0
 
@@ -105,6 +108,30 @@ class DiskReader:
 
         If it raises (an interrupt), `load` is settled: nothing writes to `blob` any more.
         """
+        pieces = self._pieces(extents, layout, blob)
+        read_now(self._pool, pieces, load, on_complete)
+
+    def ahead_read(
+        self,
+        extents: tuple[Extent, ...],
+        layout: ExpertLayout,
+        blob: Blob,
+        load: ExpertLoad,
+        on_complete: Callable[[], None] | None = None,
+    ) -> AheadRead:
+        """One expert for the line `ahead`, which nothing reads before it is put there."""
+        return AheadRead(self._pieces(extents, layout, blob), load, on_complete)
+
+    def close(self) -> None:
+        """Finish the reads under way, end the threads and close the files."""
+        self.ahead.clear()
+        self._pool.shutdown()
+        self._close_files()
+
+    def _pieces(
+        self, extents: tuple[Extent, ...], layout: ExpertLayout, blob: Blob
+    ) -> deque[Callable[[], None]]:
+        """The jobs that read one expert together."""
         jobs: deque[Callable[[], None]] = deque()
         for extent in extents:
             if isinstance(extent.moves[0], ByteMove):
@@ -117,51 +144,7 @@ class DiskReader:
             else:
                 jobs.append(lambda e=extent: self._read_strided(e, layout, blob))  # type: ignore[misc]
         assert jobs, "an expert without bytes"
-        try:
-            load.begin(len(jobs))
-            for _ in range(len(jobs)):
-                self._pool.submit(partial(self._run_next, jobs, load, on_complete))
-        except BaseException as error:
-            while jobs and load.has_begun:  # whoever takes a job accounts for it
-                self._finish_one(load, on_complete, _take(jobs), error)
-            load.settle()
-            raise
-
-    def close(self) -> None:
-        """Finish the reads under way, end the threads and close the files."""
-        self._pool.shutdown()
-        self._close_files()
-
-    def _run_next(
-        self,
-        jobs: deque[Callable[[], None]],
-        load: ExpertLoad,
-        on_complete: Callable[[], None] | None,
-    ) -> None:
-        job = _take(jobs)
-        error: BaseException | None = None
-        try:
-            if job is not None:
-                job()
-        except BaseException as caught:  # carried to whoever waits for the expert
-            error = caught
-        self._finish_one(load, on_complete, job, error)
-
-    def _finish_one(
-        self,
-        load: ExpertLoad,
-        on_complete: Callable[[], None] | None,
-        job: Callable[[], None] | None,
-        error: BaseException | None,
-    ) -> None:
-        if job is None or not load.finish_one(error):
-            return
-        if load.error is None and on_complete is not None:
-            try:
-                on_complete()
-            except BaseException as caught:
-                load.fail(caught)
-        load.close()
+        return jobs
 
     def _chunk_jobs(self, extent: Extent, blob: Blob) -> list[Callable[[], None]]:
         """Equal chunks of an extent of plain bytes, each a read and its copies."""
@@ -332,13 +315,6 @@ class DiskReader:
         with self._counter_lock:
             self._bytes_read += done
         return np.frombuffer(buffer, np.uint8, num_bytes, offset - start)
-
-
-def _take(jobs: deque[Callable[[], None]]) -> Callable[[], None] | None:
-    try:
-        return jobs.popleft()
-    except IndexError:  # somebody else took the last one
-        return None
 
 
 def _close_all(files: dict[Path, _OpenFile]) -> None:

@@ -1,6 +1,8 @@
 """One expert on its way from disk into a slot."""
 
 import threading
+import time
+from collections.abc import Callable
 
 
 class ExpertLoad:
@@ -9,7 +11,7 @@ class ExpertLoad:
     It may stand in the books of its owner before `begin`: nothing waits for what never began.
     """
 
-    __slots__ = ("_error", "_gate", "_has_begun", "_is_done", "_lock", "_remaining")
+    __slots__ = ("_done_at", "_error", "_gate", "_has_begun", "_is_done", "_lock", "_remaining")
 
     def __init__(self) -> None:
         self._remaining = 0
@@ -19,26 +21,28 @@ class ExpertLoad:
         # Held until done. Not an Event: an interrupt inside its Python code can leave it locked.
         self._gate = threading.Lock()
         self._is_done = False
+        self._done_at = 0.0
 
     def begin(self, num_reads: int) -> None:
-        """Expect `num_reads` calls of `finish_one`, and `close` after the last."""
+        """Expect `num_reads` calls of `account`."""
         self._remaining = num_reads
         self._gate.acquire()
         self._has_begun = True
 
-    def finish_one(self, error: BaseException | None = None) -> bool:
-        """Count one read as over; True, once, if it was the last: the caller must then close."""
+    def account(self, error: BaseException | None, on_complete: Callable[[], None] | None) -> None:
+        """One read is over; after the last one, `on_complete` runs and waiters wake."""
         with self._lock:
             self._remaining -= 1
             self._error = self._error or error
-            return self._remaining == 0
-
-    def fail(self, error: BaseException) -> None:
-        """Record an error that happened after the reads."""
-        self._error = self._error or error
-
-    def close(self) -> None:
-        """Wake the waiters; called once, after the last read and what follows it."""
+            is_last = self._remaining == 0
+        if not is_last:
+            return
+        if self._error is None and on_complete is not None:
+            try:
+                on_complete()
+            except BaseException as caught:
+                self._error = caught
+        self._done_at = time.perf_counter()
         self._is_done = True
         self._gate.release()
 
@@ -49,6 +53,11 @@ class ExpertLoad:
     @property
     def is_done(self) -> bool:
         return self._is_done
+
+    @property
+    def done_at(self) -> float:
+        """When it was done, by time.perf_counter(); 0 before."""
+        return self._done_at
 
     @property
     def has_arrived(self) -> bool:

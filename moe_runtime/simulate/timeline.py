@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from moe_runtime.cache.cache import ExpertCache
-from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.cache.predictions import Predictions
 from moe_runtime.expert import ExpertKey
 from moe_runtime.perf.step_cost import StepCost
+from moe_runtime.scheduling.prefetch import Forecaster, PrefetchLedger, reads_that_fit
 
 Busy = tuple[float, float]  # from when to when, in seconds
 
@@ -27,7 +27,7 @@ class Timeline:
     """What a run would have taken, simulated. Times in seconds over all steps.
 
     Hits and misses count what layers demanded; `prefetches` were read ahead and `wasted` of them
-    evicted before any use, or never used.
+    evicted before any use, or never used, in parts of an expert where a read was cut short.
     """
 
     seconds: float
@@ -37,7 +37,7 @@ class Timeline:
     hits: int
     misses: int
     prefetches: int
-    wasted: int
+    wasted: float
     num_steps: int
 
     @property
@@ -74,9 +74,10 @@ def play(
     """Visit after visit: the dense part, then experts that are there, then others as they arrive.
 
     A layer's misses are known when its dense part is done, and are read one after another, copies
-    following reads. With `is_prefetching` and a PLECPolicy the disk, while no demand waits, reads
-    what the policy wants, in place of what it expects later than that. Such a read delays a demand
-    by one expert's at most. Lanes that are given are filled.
+    following reads. With `is_prefetching` the disk, while no demand waits, reads what the policy
+    wants, or for a policy without an opinion what `advice` foretells: in the order, in the place
+    and with the corrections that the runtime has from the same code. A demand stops such a read at
+    once, where in the runtime it waits for the piece under way. Lanes that are given are filled.
     """
     run = _Run(policy, num_slots, cost, lanes)
     told = None if advice is None else iter(advice)
@@ -86,10 +87,10 @@ def play(
         num_steps += last_layer is None or keys[0].layer <= last_layer
         last_layer = keys[0].layer
         if told is not None:
-            policy.advise(next(told))
+            run.forecaster.advise(next(told), last_layer)
         run.visit(keys)
-        if is_prefetching and isinstance(policy, PLECPolicy):
-            run.prefetch(policy, keys)
+        if is_prefetching:
+            run.prefetch(keys)
     return run.result(num_steps)
 
 
@@ -100,46 +101,51 @@ class _Run:
         self, policy: EvictionPolicy, num_slots: int, cost: StepCost, lanes: Lanes | None
     ) -> None:
         self.cache = ExpertCache(num_slots, policy)
+        self.forecaster = Forecaster(self.cache)
+        self.ledger = PrefetchLedger()
         self.cost = cost
         self.lanes = lanes
         self.routed = 0.0  # when the layer that runs asked for its experts
         self.compute_free = self.copy_free = self.disk_free = 0.0
         self.compute_seconds = self.disk_seconds = self.copy_seconds = 0.0
         self.arrival: dict[ExpertKey, float] = {}  # of resident keys that may be on their way
-        self.unused: set[ExpertKey] = set()  # prefetched, resident
-        self.num_prefetches = self.num_wasted = 0
+        self.line: dict[ExpertKey, float] = {}  # read ahead of need: seconds that are left of each
 
     def visit(self, keys: Sequence[ExpertKey]) -> None:
         self._compute(self.compute_free, self.cost.dense_seconds)
+        self._read_line(self.compute_free)
         self.routed = self.compute_free
+        self._correct(keys)
         held, reads = self.cache.decide(keys)
+        for key, slot in zip(keys, held, strict=True):
+            if slot is not None and key in self.line:  # on its way already: first to arrive
+                self._fetch(key, self.routed, self.line.pop(key))
         for _, evicted in reads:
             self._evict(evicted)
         for key, slot in zip(keys, held, strict=True):
             if slot is None:
-                self._fetch(key, self.routed)
-        self.unused.difference_update(keys)
+                self._fetch(key, self.routed, self.cost.read_seconds)
         arrivals = sorted(self.arrival.pop(key, 0.0) for key in keys)
         for arrived in arrivals:
             self._compute(max(self.compute_free, arrived), self.cost.expert_seconds)
 
-    def prefetch(self, policy: PLECPolicy, keys: Sequence[ExpertKey]) -> None:
-        """Until the next layer has routed."""
-        pinned = set(keys)
+    def prefetch(self, keys: Sequence[ExpertKey]) -> None:
+        """Until the next layer has routed, behind what this layer demanded."""
         routed_next = self.compute_free + self.cost.dense_seconds
-        for key in policy.wanted():
-            if self.disk_free >= routed_next:
-                break
-            read = self.cache.prefetch(key, pinned, policy.is_sooner)
+        idle_seconds = routed_next - max(self.disk_free, self.routed)
+        most = reads_that_fit(idle_seconds, self.cost.read_seconds) - len(self.line)
+        pinned = set(keys)
+        for key in self.forecaster.wanted()[: max(0, most)]:
+            read = self.cache.prefetch(key, pinned | self.ledger.awaited, self.forecaster.is_worth)
             if read is None:
                 break
             self._evict(read[1])
-            self.unused.add(key)
-            self.num_prefetches += 1
-            self._fetch(key, self.routed)  # behind what this layer demanded
+            self.ledger.start(key, read[1])
+            self.line[key] = self.cost.read_seconds
 
     def result(self, num_steps: int) -> Timeline:
         counts = self.cache.counts.values()
+        ahead = self.ledger.counts
         return Timeline(
             seconds=self.compute_free,
             compute_seconds=self.compute_seconds,
@@ -147,10 +153,26 @@ class _Run:
             copy_seconds=self.copy_seconds,
             hits=sum(count.hits for count in counts),
             misses=sum(count.misses for count in counts),
-            prefetches=self.num_prefetches,
-            wasted=self.num_wasted + len(self.unused),
+            prefetches=ahead.started - ahead.cancelled,
+            wasted=ahead.wasted + self.ledger.num_unused,
             num_steps=num_steps,
         )
+
+    def _correct(self, keys: Sequence[ExpertKey]) -> None:
+        for key in self.ledger.visit(keys, self.cache, self._share_read):
+            left = self.line.pop(key, None)
+            if left == self.cost.read_seconds > 0.0:  # not begun
+                self.ledger.cancel(key, 0.0)
+                self.cache.discard(key)
+                continue
+            self.cache.demote(key)
+            if left is not None:
+                self.line[key] = left
+
+    def _share_read(self, key: ExpertKey) -> float:
+        if not self.line.get(key):
+            return 1.0
+        return 1.0 - self.line[key] / self.cost.read_seconds
 
     def _compute(self, start: float, seconds: float) -> None:
         self.compute_free = start + seconds
@@ -158,21 +180,41 @@ class _Run:
         if self.lanes is not None:
             self.lanes.compute.append((start, self.compute_free))
 
-    def _fetch(self, key: ExpertKey, ready: float) -> None:
-        start = max(ready, self.disk_free)
-        self.disk_free = start + self.cost.read_seconds
-        self.disk_seconds += self.cost.read_seconds
-        copied_from = max(self.disk_free, self.copy_free)
-        self.copy_free = copied_from + self.cost.copy_seconds
+    def _read_line(self, until: float) -> None:
+        """What is ahead of need, one after the other, from when the last demand was read."""
+        while self.line:
+            start = max(self.disk_free, self.routed)
+            if start >= until:
+                return
+            key, left = next(iter(self.line.items()))
+            if start + left > until:
+                self.line[key] = left - (until - start)
+                self._read(start, until - start)
+                return
+            del self.line[key]
+            self._read(start, left)
+            self._copy(key)
+
+    def _fetch(self, key: ExpertKey, ready: float, seconds: float) -> None:
+        self._read(max(ready, self.disk_free), seconds)
+        self._copy(key)
+
+    def _read(self, start: float, seconds: float) -> None:
+        self.disk_free = start + seconds
+        self.disk_seconds += seconds
+        if self.lanes is not None:
+            self.lanes.disk.append((start, self.disk_free))
+
+    def _copy(self, key: ExpertKey) -> None:
+        start = max(self.disk_free, self.copy_free)
+        self.copy_free = start + self.cost.copy_seconds
         self.copy_seconds += self.cost.copy_seconds
         self.arrival[key] = self.copy_free
         if self.lanes is not None:
-            self.lanes.disk.append((start, self.disk_free))
-            self.lanes.copy.append((copied_from, self.copy_free))
+            self.lanes.copy.append((start, self.copy_free))
 
     def _evict(self, key: ExpertKey | None) -> None:
         if key is not None:
+            self.ledger.leave(key, self._share_read(key))
             self.arrival.pop(key, None)
-            if key in self.unused:
-                self.unused.remove(key)
-                self.num_wasted += 1
+            self.line.pop(key, None)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moe_runtime.cache.belady import BeladyPolicy
+from moe_runtime.cache.lfu import LFUPolicy
+from moe_runtime.cache.lru import LRUPolicy
 from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.perf.step_cost import StepCost
-from moe_runtime.predictors.predictor import Predictor
+from moe_runtime.predictors.predictor import Foreteller
 from moe_runtime.simulate.accesses import Accesses
 from moe_runtime.simulate.advice import advice
 from moe_runtime.simulate.policy_maker import PolicyMaker
@@ -40,12 +42,13 @@ def play_all(
     cost: StepCost,
     policy_accesses: Accesses | None = None,
     queue: Accesses | None = None,
-    predictor: Predictor | None = None,
+    predictor: Foreteller | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TimelineResult]:
     """Every policy at every size; `plec` evicting only, and once more fetching ahead.
 
-    Predictions of `predictor`, which lives through `trace`, are told to `plec`.
+    Predictions of `predictor`, which lives through `trace`, are told to `plec`; with them `lru` and
+    `lfu` are played fetching ahead, too.
     """
     maker = PolicyMaker(
         accesses,
@@ -55,8 +58,10 @@ def play_all(
         queue=queue,
     )
     plan = [(name, size, False) for name in policies for size in slots]
-    if PLECPolicy.name in policies:
-        plan += [(PLECPolicy.name, size, True) for size in slots]
+    ahead = [PLECPolicy.name]
+    if predictor is not None:  # what the runtime offers beside
+        ahead += [LRUPolicy.name, LFUPolicy.name]
+    plan += [(name, size, True) for name in policies if name in ahead for size in slots]
     fewest = {
         size: play(accesses.visits(), maker.make(BeladyPolicy.name, size), size, cost).misses
         for size in slots
@@ -64,7 +69,7 @@ def play_all(
     results = []
     for done, (name, size, is_prefetching) in enumerate(plan):
         on_progress(done, len(plan))
-        told = predictor if name == PLECPolicy.name else None
+        told = predictor if is_prefetching or name == PLECPolicy.name else None
         timeline = play(
             accesses.visits(),
             maker.make(name, size),

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_runtime.engine import ExpertEngine, LayerAccess, Weights
 from moe_runtime.errors import OffloadedExpertsError
+from moe_runtime.foresight import Foresight
 from moe_runtime.layer import Dispatch, LayerMath
 
 REMEDY = "call moe_runtime.handle(model).restore() first"
@@ -71,6 +72,7 @@ class OffloadedExperts(OffloadedModule):
     _math: LayerMath | None  # None: the class's own forward runs, fed from slots
     _num_experts: int
     _argument_names: tuple[str, ...]
+    _foresight: Foresight | None = None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -87,6 +89,8 @@ class OffloadedExperts(OffloadedModule):
             dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, self._num_experts)
             if not dispatch.experts:
                 return torch.zeros_like(hidden_TD)
+            if self._foresight is not None:
+                self._foresight.routed(self._layer, top_k_index_TK)
             with self._engine.open_layer(self._layer, dispatch.experts) as access:
                 if self._math is not None:
                     output = self._math.run(hidden_TD, dispatch, access)

@@ -14,6 +14,7 @@ from torch import nn
 from moe_runtime.engine import ExpertEngine
 from moe_runtime.errors import BudgetError, OffloadedExpertsError, UnsupportedModelError
 from moe_runtime.expert_memory import format_bytes
+from moe_runtime.foresight import Foresight
 from moe_runtime.integrations.transformers.budget import Budget
 from moe_runtime.integrations.transformers.experts import (
     REMEDY,
@@ -81,6 +82,9 @@ class Handle:
         self._spill_folder = spill_folder
         self._undo: list[Callable[[], object]] = []
         self._is_restored = False
+        self._foresight: Foresight | None = None
+        self._why_no_prediction = "predictor is off"
+        self._before_close: list[Callable[[], object]] = []
         for layer, (site, math) in enumerate(zip(sites, maths, strict=True)):
             self._attach(layer, site, math)
         for name, tensor in mapped.items():
@@ -96,8 +100,38 @@ class Handle:
         """Where the experts are: site `i` is MoE layer `i`."""
         return tuple(self._sites)
 
+    @property
+    def foresight(self) -> Foresight | None:
+        """What reads ahead of need, if anything may."""
+        return self._foresight
+
+    def foresee(self, foresight: Foresight, remove: Callable[[], object]) -> None:
+        """Ask `foresight` what to read ahead, from now on; `remove` takes its hooks out."""
+        self._foresight = self.engine.planner = foresight
+        for site in self._sites:
+            site.module.__dict__["_foresight"] = foresight
+
+        def undo() -> None:
+            self._foresight = self.engine.planner = None
+            for site in self._sites:
+                site.module.__dict__.pop("_foresight", None)
+            remove()
+
+        self._undo.insert(0, undo)
+
+    def foresee_nothing(self, why: str) -> None:
+        """Nothing is read ahead; `why` stands in reports."""
+        self._why_no_prediction = why
+
+    def before_close(self, action: Callable[[], object]) -> None:
+        """Run `action` once, while slots and cache are still there."""
+        self._before_close.append(action)
+
     def report(self) -> dict[str, Any]:
-        """`cache`, `memory` and `settings` of `generate --json`; counts are since loading."""
+        """`cache`, `prediction`, `memory` and `settings` of `generate --json`.
+
+        Counts are since loading.
+        """
         cache = self.engine.cache
         per_layer = [
             {
@@ -121,6 +155,11 @@ class Handle:
                 "bytes_read": self.engine.reader.bytes_read,
                 "per_layer": per_layer,
             },
+            "prediction": (
+                {"predictor": None, "mode": "off", "why": self._why_no_prediction}
+                if self._foresight is None
+                else self._foresight.report()
+            ),
             "memory": {
                 "expert_budget_bytes": self.budget.budget_bytes,
                 "expert_used_bytes": self.budget.used_bytes,
@@ -187,6 +226,7 @@ class Handle:
                 f"restoring takes {format_bytes(needed)} and {format_bytes(free)} are free; "
                 "close other programs, or keep the experts offloaded"
             )
+        self._run_before_close()
         restored = [self._read_site(layer, site) for layer, site in enumerate(self._sites)]
         self._detach()
         for site, tensors in zip(self._sites, restored, strict=True):
@@ -198,8 +238,13 @@ class Handle:
 
     def close(self) -> None:
         """Free slots, threads, files and what was written to disk for this model."""
+        self._run_before_close()
         self.engine.close()
         self._remove_spill()
+
+    def _run_before_close(self) -> None:
+        while self._before_close and not self.engine.is_closed:
+            self._before_close.pop()()
 
     def __enter__(self) -> "Handle":
         return self

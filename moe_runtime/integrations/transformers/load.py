@@ -17,10 +17,13 @@ from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import Budget, plan_budget
 from moe_runtime.integrations.transformers.choice import choose_maths, computes_compact
-from moe_runtime.integrations.transformers.install import (
-    check_policy,
-    install,
+from moe_runtime.integrations.transformers.foresee import (
+    Origin,
+    check_predictor,
+    foresee,
+    start_warm,
 )
+from moe_runtime.integrations.transformers.install import check_policy, install
 from moe_runtime.integrations.transformers.linears import speed_up_linears
 from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
@@ -46,6 +49,8 @@ def load(
     page_cache: bool = False,
     exact: bool = False,
     linears: bool = False,
+    predictor: str | Path = "off",
+    warm_start: bool | str | Path = True,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
     revision: str | None = None,
@@ -71,15 +76,21 @@ def load(
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
+    `predictor` says what a token will need, so that the disk reads it while layers compute: 'auto'
+    (the model's own routers, a layer or two ahead, where they are found), 'gate_lookahead' (the
+    same, or an error), a file of `moe-runtime predictor train`, or 'off'. It reads only while that
+    gains time, and changes no output. `warm_start` keeps what was hot at close() for the next
+    start: True in the user's cache folder, or a folder of your own; False to start empty.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
-    files), UnsupportedModelError (no experts, otherwise quantised, unknown family) and TypeError
-    (unknown argument).
+    files), UnsupportedModelError (no experts, otherwise quantised, unknown family), PredictorError
+    (damaged, or of another model) and TypeError (unknown argument).
     """
     check_policy(policy)
+    check_predictor(predictor)
     if exact and linears:
         raise ValueError(
             "linears=True rounds otherwise than the unmodified model and exact=True asks for its "
@@ -147,8 +158,16 @@ def load(
         dense_bytes=made.dense_bytes,
         mapped=plan.mapped,
     )
-    if linears:
-        speed_up_linears(result)
+    try:
+        if linears:
+            speed_up_linears(result)
+        origin = Origin.of(resolved.folder, handle)
+        foresee(result, handle, predictor, origin)
+        if warm_start:
+            start_warm(handle, None if warm_start is True else Path(warm_start), origin)
+    except BaseException:
+        handle.close()
+        raise
     if expert_dtype != "auto":
         warnings.warn(
             f"experts are rounded to {expert_dtype} when they are read: outputs differ from the "

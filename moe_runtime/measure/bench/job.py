@@ -11,7 +11,7 @@ class Job:
 
     `memory_bytes` is for weights and buffers, over what the process holds after its imports; None
     is as much as it likes. `scratch` is a folder of the contestant's own, on the disk of the
-    checkpoint. `policy` and `exact` are load()'s. `replay` is a trace whose rows
+    checkpoint. `policy`, `predictor` and `exact` are load()'s. `replay` is a trace whose rows
     take the place of the router's choice.
     """
 
@@ -21,6 +21,7 @@ class Job:
     replay: Path | None
     dtype: str
     policy: str
+    predictor: str
     exact: bool
     num_threads: int
     memory_bytes: int | None

@@ -128,6 +128,7 @@ class OneTable:
             replay=None,
             dtype=self._inspection.dtype,
             policy=self._settings.policy,
+            predictor=self._settings.predictor,
             exact=self._settings.exact,
             num_threads=torch.get_num_threads(),
             memory_bytes=None,
@@ -236,7 +237,8 @@ class OneTable:
         rates_gbps: list[float],
     ) -> Prediction | None:
         rows: Trace | None = self._rows
-        if rows is None or self._residency >= 1:
+        # Reads ahead depend on time, and the simulator's counts are of demand alone.
+        if rows is None or self._residency >= 1 or self._settings.predictor != "off":
             return None
         hits, misses = simulated_counts(
             rows,

@@ -27,6 +27,7 @@ class Request:
     peers: str
     equal_totals: bool
     policy: str
+    predictor: str = "off"
     exact: bool = False
     num_steps: int
     seconds: float
@@ -75,6 +76,7 @@ def run(request: Request, progress: Progress, on_bytes: Callable[[str, int, int]
         seconds=request.seconds,
         equal_totals=request.equal_totals,
         policy=request.policy,
+        predictor=request.predictor,
         exact=request.exact,
     )
     tables, comparisons = run_offload_benchmark(settings, progress)

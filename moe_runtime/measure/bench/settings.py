@@ -26,6 +26,7 @@ class Settings:
     seconds: float
     equal_totals: bool
     policy: str
+    predictor: str
     exact: bool
 
 

@@ -30,6 +30,8 @@ def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
             max_memory=limits,
             policy=job.policy,
             exact=job.exact,
+            predictor=job.predictor,
+            warm_start=False,
             dtype=getattr(torch, job.dtype),
         )
     owner = handle(model)

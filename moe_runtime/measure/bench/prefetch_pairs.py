@@ -1,0 +1,379 @@
+"""Decodes the same tokens with prediction on and off, block by block in turn, and compares.
+
+N rows of a trace, L MoE layers.
+"""
+
+import gc
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from moe_runtime.engine import EngineTimes, ExpertEngine
+from moe_runtime.errors import PredictorError
+from moe_runtime.foresight import Foresight, Gate
+from moe_runtime.integrations.transformers.foresee import attach
+from moe_runtime.integrations.transformers.handle import Handle, handle
+from moe_runtime.integrations.transformers.load import load
+from moe_runtime.integrations.transformers.progress import quiet_transformers
+from moe_runtime.measure.bench.oracle import Oracle
+from moe_runtime.measure.replay_routing import RoutingReplay
+from moe_runtime.memory.disk import CHUNK_BYTES
+from moe_runtime.perf.step_cost import StepCost
+from moe_runtime.predictors.live_gates import LiveGates
+from moe_runtime.predictors.predictor import Fingerprint, Foreteller
+from moe_runtime.predictors.store import load_predictor
+from moe_runtime.scheduling.benefit import BenefitGate, ForwardFacts
+from moe_runtime.simulate.accesses import Accesses
+from moe_runtime.simulate.advice import advice
+from moe_runtime.simulate.policy_maker import PolicyMaker
+from moe_runtime.simulate.timeline import Timeline, play
+from moe_runtime.trace import Trace
+
+ORACLE = "oracle"
+_UPPER = 1.645  # of a normal distribution: one side, 95 %
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairsRequest:
+    """What to compare. `trace` holds the rows that both replay, in order; `predictor` is load()'s,
+    a file fitted to the trace's model, or 'oracle'."""
+
+    model: str
+    trace: Trace
+    predictor: str
+    expert_memory: str
+    policy: str
+    num_pairs: int
+    block_tokens: int
+    warm_tokens: int
+    is_gated: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two, over all counted blocks."""
+
+    milliseconds: float  # a token
+    stall_milliseconds: float
+    simulated_stall_milliseconds: float
+    simulated_milliseconds: float
+    hit_rate: float
+    bytes_read: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairs:
+    """`ratio` is time on / time off, the geometric mean over pairs; `upper` its 95 % bound."""
+
+    num_pairs: int
+    num_tokens: int
+    off: Side
+    on: Side
+    ratio: float
+    upper: float
+    simulated_ratio: float
+    prediction: dict[str, Any]
+
+
+class _Contestant:
+    """A model of its own, its place in the trace, and a switch for its prediction."""
+
+    def __init__(self, request: PairsRequest) -> None:
+        is_ours = request.predictor in ("auto", LiveGates.name)
+        with quiet_transformers(lambda done, total: None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few slots are the point
+            self.model: PreTrainedModel = load(
+                request.model,
+                expert_memory=request.expert_memory,
+                policy=request.policy,
+                predictor=request.predictor if is_ours else "off",
+                warm_start=False,
+            )
+        self.owner: Handle = handle(self.model)
+        self.replay = RoutingReplay(self.model, request.trace)
+        piece_share = min(1.0, CHUNK_BYTES / self.owner.budget.slot_bytes)
+        if not is_ours:
+            gate = BenefitGate(piece_share)
+            foresight = Foresight(self.owner.engine, _foreteller(request, self), gate)
+            attach(self.model, self.owner, foresight)
+        if self.owner.foresight is None:
+            raise PredictorError(self.owner.report()["prediction"]["why"])
+        inner = self.owner.foresight.gate if request.is_gated else OpenGate(piece_share)
+        self._switch = self.owner.foresight.gate = SwitchGate(inner)
+        self._cache = DynamicCache(config=self.model.config)
+        self._vocab = int(self.model.config.get_text_config().vocab_size)
+        self._trace = request.trace
+
+    @torch.no_grad()
+    def run(self, first: int, count: int, *, is_on: bool) -> "_Counted":
+        """Decode rows from `first` on, with prediction or without; returns what they took."""
+        ids = _token_ids(self._trace, first, count, self._vocab)
+        self._switch.is_open = is_on
+        before = _Counted.of(self.owner.engine)
+        started = time.perf_counter()
+        for token in ids:
+            self.model(
+                input_ids=torch.tensor([[token]]), past_key_values=self._cache, use_cache=True
+            )
+        seconds = time.perf_counter() - started
+        found = _Counted.of(self.owner.engine)
+        found.add(before, -1)
+        found.seconds = seconds
+        return found
+
+
+def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pairs:
+    """Two instances warm up on the same rows, then take turns, each with prediction half the time.
+
+    A pair is two blocks, of which each instance decodes one with prediction and one without: no two
+    of them are equally fast (where their memory lies decides), and here that cancels.
+    """
+    with ExitStack() as stack:
+        sides = []
+        for _ in range(2):
+            side = _Contestant(request)
+            stack.enter_context(closing(side.owner))
+            sides.append(side)
+        gc.collect()
+        gc.disable()
+        stack.callback(gc.enable)
+        for side in sides:
+            side.run(0, request.warm_tokens, is_on=True)
+        totals = {is_on: _Counted() for is_on in (False, True)}
+        logs = []
+        for pair in range(request.num_pairs):
+            on_pair(pair, request.num_pairs)
+            log = 0.0
+            for block in range(2):
+                first = request.warm_tokens + (2 * pair + block) * request.block_tokens
+                for index in (0, 1) if pair % 2 == 0 else (1, 0):
+                    is_on = index == block
+                    found = sides[index].run(first, request.block_tokens, is_on=is_on)
+                    totals[is_on].add(found)
+                    log += math.log(found.seconds) * (1 if is_on else -1)
+            logs.append(log / 2)
+        prediction = sides[0].owner.report()["prediction"]
+        num_tokens = 2 * request.num_pairs * request.block_tokens
+        simulated = _simulate(request, sides[0], totals[False], num_tokens)
+    mean = statistics.fmean(logs)
+    error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
+    return Pairs(
+        num_pairs=request.num_pairs,
+        num_tokens=num_tokens,
+        off=_side(totals[False], num_tokens, simulated[0]),
+        on=_side(totals[True], num_tokens, simulated[1]),
+        ratio=math.exp(mean),
+        upper=math.exp(mean + _UPPER * error),
+        simulated_ratio=simulated[1].seconds / simulated[0].seconds,
+        prediction=prediction,
+    )
+
+
+class SwitchGate:
+    """A gate that can be shut for a while, in which it learns nothing."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.is_open = True
+
+    @property
+    def is_listening(self) -> bool:
+        return self.is_open and self._gate.is_listening
+
+    @property
+    def is_on(self) -> bool:
+        return self.is_open and self._gate.is_on
+
+    @property
+    def read_seconds(self) -> float:
+        return self._gate.read_seconds
+
+    @property
+    def idle_seconds(self) -> float:
+        return self._gate.idle_seconds
+
+    def add(self, facts: ForwardFacts) -> None:
+        if self.is_open:
+            self._gate.add(facts)
+
+    def fail(self, why: str) -> None:
+        self._gate.fail(why)
+
+    def report(self) -> dict[str, object]:
+        return self._gate.report()
+
+
+class OpenGate(BenefitGate):
+    """Counts as the other does and never turns off: what reading ahead does where it loses."""
+
+    @property
+    def is_listening(self) -> bool:
+        return True
+
+    @property
+    def is_on(self) -> bool:
+        return True
+
+
+@dataclass(slots=True)
+class _Counted:
+    seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    times: EngineTimes = field(default_factory=EngineTimes)
+
+    @classmethod
+    def of(cls, engine: ExpertEngine) -> "_Counted":
+        counts = engine.cache.counts.values()
+        return cls(
+            hits=sum(count.hits for count in counts),
+            misses=sum(count.misses for count in counts),
+            bytes_read=engine.reader.bytes_read,
+            times=engine.times.copy(),
+        )
+
+    def add(self, other: "_Counted", sign: int = 1) -> None:
+        """Add what `other` counts, or take it away."""
+        self.seconds += sign * other.seconds
+        self.hits += sign * other.hits
+        self.misses += sign * other.misses
+        self.bytes_read += sign * other.bytes_read
+        negative = EngineTimes().since(other.times)
+        self.times = self.times.since(negative if sign > 0 else other.times)
+
+
+def _side(counted: _Counted, num_tokens: int, simulated: Timeline) -> Side:
+    return Side(
+        milliseconds=1e3 * counted.seconds / num_tokens,
+        stall_milliseconds=1e3 * counted.times.stall_seconds / num_tokens,
+        simulated_stall_milliseconds=1e3 * simulated.stall_seconds / num_tokens,
+        simulated_milliseconds=1e3 * simulated.seconds / num_tokens,
+        hit_rate=counted.hits / (counted.hits + counted.misses),
+        bytes_read=counted.bytes_read,
+    )
+
+
+def _foreteller(request: PairsRequest, side: _Contestant) -> Foreteller:
+    if request.predictor == ORACLE:
+        num_layers = len(side.owner.sites)
+        return Oracle(request.trace, num_layers, lambda: side.replay.position)
+    # The replayed model's, not the checkpoint's, so its routing is what the predictor must fit.
+    return load_predictor(Path(request.predictor), Fingerprint.of(request.trace))
+
+
+def _simulate(
+    request: PairsRequest, side: _Contestant, counted: _Counted, num_tokens: int
+) -> list[Timeline]:
+    """The counted rows on lanes, off and on, with what the blocks without prediction took.
+
+    What passed outside the experts' layers is dense, inside and not waiting it is the experts'.
+    """
+    times = counted.times
+    cost = StepCost(
+        dense_seconds=(counted.seconds - times.inside_seconds) / times.visits,
+        expert_seconds=(times.inside_seconds - times.stall_seconds)
+        / (counted.hits + counted.misses),
+        read_seconds=times.fetch_seconds / max(1, times.fetched),
+        copy_seconds=0.0,
+    )
+    num_layers = len(side.owner.sites)
+    num_rows = request.warm_tokens + num_tokens
+    rows = np.arange(num_rows) % request.trace.num_tokens
+    trace = _rows(request.trace, rows, num_layers)
+    slots = side.owner.budget.num_slots
+    parts = [trace, _rows(request.trace, rows[: request.warm_tokens], num_layers)]
+    timelines = []
+    for is_on in (False, True):
+        played = []
+        for part in parts:
+            accesses_of = Accesses.of(part)
+            maker = PolicyMaker(
+                accesses_of,
+                policies=[request.policy],
+                slots=[slots],
+                policy_accesses=None,
+                queue=None,
+            )
+            told = _fresh(side.owner.foresight, part) if is_on else None
+            played.append(
+                play(
+                    accesses_of.visits(),
+                    maker.make(request.policy, slots),
+                    slots,
+                    cost,
+                    advice=None if told is None else advice(told, part),
+                    is_prefetching=told is not None,
+                )
+            )
+        timelines.append(_difference(*played))
+    return timelines
+
+
+def _fresh(foresight: Foresight | None, trace: Trace) -> Foreteller | None:
+    """The predictor before it ran, along `trace`; None where the trace lacks what it looks at."""
+    if foresight is None:
+        return None
+    predictor = foresight.predictor
+    if isinstance(predictor, Oracle):
+        return _RowByRow(predictor)
+    if "hidden" in predictor.needs and trace.hidden is None:
+        return None
+    if isinstance(predictor, LiveGates):
+        return LiveGates(predictor.fingerprint, predictor.gates)
+    return predictor
+
+
+class _RowByRow:
+    """An oracle that goes along a trace from its top."""
+
+    name: ClassVar[str] = Oracle.name
+    needs: ClassVar[frozenset[str]] = Oracle.needs
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self.fingerprint = oracle.fingerprint
+
+    def start(self) -> Any:
+        self._oracle.position = iter(range(2**62)).__next__
+        return self._oracle.start()
+
+
+def _rows(trace: Trace, rows: Any, num_layers: int) -> Trace:
+    fields: dict[str, Any] = {"topk": trace.topk[rows][:, :num_layers], "model": trace.model}
+    if trace.hidden is not None:
+        fields["hidden"] = trace.hidden[rows][:, :num_layers]
+    return Trace.of(fields, source="replayed rows", num_experts=trace.num_experts)
+
+
+def _difference(whole: Timeline, start: Timeline) -> Timeline:
+    return Timeline(
+        seconds=whole.seconds - start.seconds,
+        compute_seconds=whole.compute_seconds - start.compute_seconds,
+        disk_seconds=whole.disk_seconds - start.disk_seconds,
+        copy_seconds=whole.copy_seconds - start.copy_seconds,
+        hits=whole.hits - start.hits,
+        misses=whole.misses - start.misses,
+        prefetches=whole.prefetches - start.prefetches,
+        wasted=whole.wasted - start.wasted,
+        num_steps=whole.num_steps - start.num_steps,
+    )
+
+
+def _token_ids(trace: Trace, first: int, count: int, vocab: int) -> Sequence[int]:
+    rows = np.arange(first, first + count) % trace.num_tokens
+    if trace.token_id is None:
+        found: list[int] = (rows * 7919 % vocab).tolist()
+        return found
+    known: list[int] = (np.maximum(trace.token_id[rows], 0) % vocab).tolist()
+    return known
