@@ -36,6 +36,8 @@ class GenerationRequest:
     prompts: Sequence[str]
     decoding: Decoding
     expert_memory: str = "auto"
+    host_memory: str = "auto"
+    miss: str = "auto"
     policy: str = "lru"
     expert_slots: str = "auto"
     page_cache: bool = False
@@ -43,7 +45,7 @@ class GenerationRequest:
     linears: bool = False
     max_memory: Mapping[int | str, int | str] | None = None
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     chat: bool = False
@@ -118,6 +120,7 @@ class Generation:
             "decode_tokens_per_second": self.decode_tokens_per_second,
             "time_to_first_token_seconds": self.time_to_first_token_seconds,
             "cache": cache,
+            "tiers": self.report["tiers"],
             "memory": self.report["memory"] | asdict(self.resident),
             "settings": self._settings(),
         }
@@ -200,6 +203,8 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
     return load(
         resolved.folder,
         expert_memory=request.expert_memory,
+        host_memory=request.host_memory,
+        miss=request.miss,
         policy=request.policy,
         expert_slots=request.expert_slots,
         page_cache=request.page_cache,
@@ -248,7 +253,7 @@ def _check(
             folder=folder,
             dtype=request.dtype,
             effective_dtype=report["settings"]["dtype"],
-            device=request.device,
+            device=report["settings"]["device"],
             trust_remote_code=request.trust_remote_code,
         )
         if request.exact:

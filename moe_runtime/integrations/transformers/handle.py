@@ -29,6 +29,9 @@ from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
+from moe_runtime.tiered_engine import TieredEngine
+from moe_runtime.tiered_layer import TieredLayers
+from moe_runtime.tiered_math import TieredMath
 
 _ATTRIBUTE = "_moe_runtime_handle"
 
@@ -56,8 +59,8 @@ class Handle:
         self,
         root: nn.Module,
         sites: Sequence[ExpertSite],
-        maths: Sequence[LayerMath | None],
-        engine: ExpertEngine,
+        maths: Sequence[LayerMath | TieredMath | None],
+        engine: ExpertEngine | TieredEngine,
         budget: Budget,
         settings: Settings,
         *,
@@ -69,6 +72,7 @@ class Handle:
         self.engine = engine
         self.budget = budget
         self.settings = settings
+        self._tiers = TieredLayers(engine) if isinstance(engine, TieredEngine) else None
         self._root = root
         self._sites = list(sites)
         self._dense_bytes = dense_bytes
@@ -94,7 +98,11 @@ class Handle:
         return tuple(self._sites)
 
     def report(self) -> dict[str, Any]:
-        """`cache`, `memory` and `settings` of `generate --json`; counts are since loading."""
+        """`cache`, `tiers`, `memory` and `settings` of `generate --json`; counts since loading.
+
+        `tiers` is None where experts are computed on the CPU.
+        """
+        tiers = self._tiers.report() if self._tiers is not None else None
         cache = self.engine.cache
         per_layer = [
             {
@@ -115,9 +123,10 @@ class Handle:
                 "hits": hits,
                 "misses": misses,
                 "hit_rate": hits / (hits + misses) if hits + misses else None,
-                "bytes_read": self.engine.reader.bytes_read,
+                "bytes_read": self.engine.bytes_read,
                 "per_layer": per_layer,
             },
+            "tiers": tiers,
             "memory": {
                 "expert_budget_bytes": self.budget.budget_bytes,
                 "expert_total_bytes": self.budget.expert_total_bytes,
@@ -144,12 +153,18 @@ class Handle:
         """One line: what lives where."""
         budget = self.budget
         where = "all" if budget.holds_all else f"{budget.num_slots}"
+        host = ""
+        if isinstance(self.engine, TieredEngine):
+            slots = self.engine.host_slots
+            kind = "pinned" if slots.refusal is None else "pageable"
+            host = f"{slots.num_slots} in {kind} host memory, "
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
         packed = "packed " if self.settings.packed_on_disk else ""
+        total = format_bytes(budget.expert_total_bytes)
         kept = f"of {self._slot_kind()} slots " if self.settings.packed_on_disk else ""
         return (
             f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
-            f"({format_bytes(budget.expert_total_bytes)}) {packed}on disk, {where} at a time in "
+            f"({total}) {packed}on disk, {host}{where} at a time in "
             f"{format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
             + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
@@ -212,7 +227,7 @@ class Handle:
         paths = ("torch, family's forward" if math is None else math.path for math in maths)
         return "; ".join(dict.fromkeys(paths))
 
-    def _attach(self, layer: int, site: ExpertSite, math: LayerMath | None) -> None:
+    def _attach(self, layer: int, site: ExpertSite, math: LayerMath | TieredMath | None) -> None:
         slot_like = torch.empty(0, dtype=site.parameters[0].dtype, device=self._device)
         if site.is_fused:
             for parameter in site.parameters:
@@ -226,6 +241,7 @@ class Handle:
                 _engine=self.engine,
                 _layer=layer,
                 _slot_like=slot_like,
+                _tiers=self._tiers,
             )
             return
         for expert, module in enumerate(site.module.children()):
