@@ -148,6 +148,11 @@ class ExpertEngine:
             raise
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes asked of the disk so far, alignment included."""
+        return self.reader.bytes_read
+
+    @property
     def is_closed(self) -> bool:
         return self._is_closed
 

@@ -9,6 +9,21 @@ class BudgetError(MoERuntimeError, ValueError):
     """The memory asked for experts is malformed, or below what the model needs."""
 
 
+class DeviceMemoryError(MoERuntimeError, MemoryError):
+    """A device has less free memory than was asked of it."""
+
+    def __init__(self, asked_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"{asked_bytes} bytes of device memory were asked for and {free_bytes} are free"
+        )
+        self.asked_bytes = asked_bytes
+        self.free_bytes = free_bytes
+
+
+class PinningError(MoERuntimeError, OSError):
+    """The system does not let a device reach host memory by itself."""
+
+
 class CheckpointError(MoERuntimeError):
     """A checkpoint is missing, damaged, or does not hold what its model needs."""
 

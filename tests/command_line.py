@@ -42,8 +42,9 @@ def run_here(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Outc
 
 
 def environment() -> dict[str, str]:
-    """For a new process: this checkout, one thread, no colours."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    """For a new process: this checkout, one thread, no GPU, no colours."""
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    return {**os.environ, **ours, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def command(*arguments: str | Path) -> list[str]:

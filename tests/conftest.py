@@ -30,6 +30,13 @@ def own_warm_start(
     monkeypatch.setattr("moe_runtime.warm_start.default_folder", lambda: folder)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models go to a GPU where there is one; bits are compared on the CPU, but for `gpu` tests."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Tensors this small only lose by sharing, and sums must not depend on the machine's cores."""

@@ -55,6 +55,7 @@ def test_json_is_one_object_and_the_page_is_written(
         "cores",
         "memory_bytes",
         "read_ahead_kib",
+        "gpu",
         "kernel",
     }
     assert {"moe_runtime", "python", "torch", "transformers"} <= found["versions"].keys()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_runtime.cli.options import Policy
+from moe_runtime.cli.options import Miss, Policy
 from moe_runtime.errors import ParityError
 from moe_runtime.integrations.transformers.install import POLICIES
 from moe_runtime.measure import parity
@@ -18,6 +18,7 @@ from moe_runtime.measure.completion import Completion
 from moe_runtime.measure.parity import Reference, compare
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt
+from moe_runtime.scheduling.miss_plan import MissWay
 from tests.command_line import run_apart, run_here
 from tests.tiny_checkpoint import END, NUM_EXPERTS, NUM_LAYERS, save_mixtral
 
@@ -104,6 +105,7 @@ def test_figures_add_up(capsys: Capsys, model: Path) -> None:
     cache, memory = found["cache"], found["memory"]
     assert set(found) == {
         "results", "decode_tokens_per_second", "time_to_first_token_seconds", "cache", "prediction",
+        "tiers",
         "memory", "settings",
     }  # fmt: skip
     assert found["decode_tokens_per_second"] > 0
@@ -142,6 +144,18 @@ def test_settings_say_what_ran(capsys: Capsys, model: Path) -> None:
 
 def test_the_policies_are_those_of_the_library() -> None:
     assert {policy.value for policy in Policy} == set(POLICIES)
+
+
+def test_the_ways_of_a_miss_are_those_of_the_library() -> None:
+    assert {way.value for way in Miss} == set(MissWay)
+
+
+def test_without_a_gpu_there_are_no_tiers(capsys: Capsys, model: Path) -> None:
+    """Law: on the CPU `tiers` is null, and settings that need a GPU are said to do nothing."""
+    options = ("--prompt", "a", "--device", "cpu", "--miss", "copy", "--json")
+    outcome = run_here(capsys, "generate", model, *options)
+    assert json.loads(outcome.out)["tiers"] is None
+    assert outcome.err.count("host_memory and miss have no effect on the CPU") == 1
 
 
 def test_sampling_is_that_of_transformers_and_repeatable(capsys: Capsys, model: Path) -> None:

@@ -23,7 +23,7 @@ from moe_runtime.expert import ExpertKey
 from moe_runtime.layer import Dispatch, ExpertAccess, ExpertMath, run_experts
 from moe_runtime.memory.ahead_line import AheadLine
 from moe_runtime.memory.disk import Blob, DiskReader, _OpenFile
-from moe_runtime.memory.slots import DeviceSlots, HostSlots
+from moe_runtime.memory.slots import HostSlots
 from moe_runtime.memory.tensor_map import TensorMap
 from tests.expert_files import KINDS, FileWriter, Parameter, make_layer
 from tests.honest_experts import honest_forward, parameter_shapes, random_math, random_routing
@@ -144,9 +144,7 @@ def running(
     num_slots, slot_bytes = num_slots or rng.randint(1, most), world.tensor_map.slot_bytes
     engine = ExpertEngine(
         world.tensor_map,
-        HostSlots(num_slots, slot_bytes)
-        if rng.random() < 0.7
-        else DeviceSlots(num_slots, slot_bytes, torch.device("cpu")),
+        HostSlots(num_slots, slot_bytes),
         rng.choice([LRUPolicy, LFUPolicy, lambda: StaticPolicy(favourites)])(),
         reader,
         poison=True,

@@ -38,13 +38,16 @@ NOUNS = names(
 )
 BELOW_3 = NOUNS | names("perf kernels predictors placement memory cache")
 BELOW_4 = BELOW_3 | names("simulate scheduling parallel")
-WIRING = names("layer fast_layer engine foresight warm_start offline kernel_settings")
+WIRING = names(
+    "layer fast_layer engine foresight warm_start offline kernel_settings grouped_experts "
+    "torch_rows tiered_access tiered_engine tiered_layer tiered_math"
+)
 BELOW_5 = BELOW_4 | WIRING
 BELOW_6 = BELOW_5 | names("integrations measure report")
 # The names of foreign runtimes and model formats: floor 5 is where they may be known.
 FOREIGN = names(
-    "accelerate deepspeed gguf huggingface_hub llama_cpp megatron sglang tensorrt_llm "
-    "tokenizers transformers vllm"
+    "accelerate deepspeed gguf huggingface_hub llama_cpp megatron moe_policylang sglang "
+    "tensorrt_llm tokenizers transformers vllm"
 )
 
 LAW = {

@@ -55,6 +55,10 @@ class ExpertCache:
     def __len__(self) -> int:
         return len(self._slots)
 
+    def resident(self) -> list[ExpertKey]:
+        """Every key that has a slot."""
+        return list(self._slots)
+
     def slot(self, key: ExpertKey) -> int:
         """The slot that holds `key`; KeyError if none does."""
         return self._slots[key]

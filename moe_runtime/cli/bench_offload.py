@@ -14,7 +14,14 @@ from rich.status import Status
 from rich.table import Table as Grid
 from rich.text import Text
 
-from moe_runtime.cli.options import MODEL_PANEL, OUTPUT_PANEL, Json, Policy, PredictorOption
+from moe_runtime.cli.options import (
+    MODEL_PANEL,
+    OUTPUT_PANEL,
+    DeviceOption,
+    Json,
+    Policy,
+    PredictorOption,
+)
 from moe_runtime.cli.outputs import check_writable
 from moe_runtime.cli.terminal import Terminal
 
@@ -29,6 +36,8 @@ moe-runtime bench offload --like tiny --residency 65 --peers none
 moe-runtime bench offload --like olmoe-1b-7b --layers 6 --residency 65,35 -o report.md
 
 moe-runtime bench offload --like olmoe-1b-7b --layers 6 --residency 35 --peers none --routing uniform,trace:T.npz
+
+moe-runtime bench offload --like qwen3-30b-a3b --layers 12 --device cuda --routing trace:T.npz
 """  # noqa: E501  (a command to copy stays on one line)
 
 _DEFAULT_LIKE = "olmoe-1b-7b"
@@ -65,13 +74,14 @@ def offload(
         ),
     ] = None,
     residency: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="PERCENTS",
-            help="Percent of the weights that fit in memory, by commas.",
+            help="Percent of the weights that fit in memory, by commas: of the CPU (100,65,35) or, "
+            "if it computes, of the GPU (100,50,25,12.5).",
             rich_help_panel=_PLAN_PANEL,
         ),
-    ] = "100,65,35",
+    ] = None,
     routing: Annotated[
         str,
         typer.Option(
@@ -85,7 +95,8 @@ def offload(
         str,
         typer.Option(
             metavar="NAMES",
-            help="all, none, or by commas: transformers, accelerate, deepspeed, llama.cpp.",
+            help="all, none, or by commas: transformers, accelerate, deepspeed, and on the CPU "
+            "llama.cpp, on a GPU moe-policylang.",
             rich_help_panel=_PLAN_PANEL,
         ),
     ] = "all",
@@ -119,6 +130,7 @@ def offload(
             rich_help_panel=_PLAN_PANEL,
         ),
     ] = 400.0,
+    device: DeviceOption = None,
     work_folder: Annotated[
         Path,
         typer.Option(
@@ -140,12 +152,12 @@ def offload(
     """Decode with part of the experts in memory, beside other runtimes on the same weights.
 
     Contestants are processes of their own with equal memory caps (Linux control groups, as root or
-    delegated), take turns on the same tokens, and must compute the same before a speed is printed.
-    Exit code 1 if one does not.
+    delegated; on a GPU torch's allocator), take turns on the same tokens, and must compute the same
+    before a speed is printed. Exit code 1 if one does not.
     """
     if output is not None:
         check_writable(output)
-    residencies = _read_residency(residency)
+    residencies = None if residency is None else _read_residency(residency)
     if model is not None and (like is not None or layers is not None):
         raise typer.BadParameter("give --model, or --like and --layers, not both")
     if like is None:
@@ -157,6 +169,7 @@ def offload(
 
         request = Request(
             command=shlex.join(["moe-runtime", *sys.argv[1:]]),
+            device=device,
             like=like,
             num_layers=layers,
             model=model,

@@ -11,6 +11,7 @@ from moe_runtime.cli.options import (
     OUTPUT_PANEL,
     TEXT_PANEL,
     Chat,
+    DeviceOption,
     Dtype,
     DtypeOption,
     ExpertDtype,
@@ -18,8 +19,11 @@ from moe_runtime.cli.options import (
     ExpertMemoryOption,
     ExpertSlots,
     ExpertSlotsOption,
+    HostMemoryOption,
     Json,
     MaxNewTokens,
+    Miss,
+    MissOption,
     Model,
     Policy,
     PolicyOption,
@@ -75,6 +79,8 @@ def generate(
     ] = None,
     chat: Chat = False,
     expert_memory: ExpertMemoryOption = "auto",
+    host_memory: HostMemoryOption = "auto",
+    miss: MissOption = Miss.AUTO,
     policy: PolicyOption = Policy.LRU,
     predictor: PredictorOption = "off",
     warm_start: Annotated[
@@ -104,9 +110,7 @@ def generate(
         ),
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda or cuda:0.", rich_help_panel=MODEL_PANEL)
-    ] = "cpu",
+    device: DeviceOption = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     exact: Annotated[
@@ -155,6 +159,8 @@ def generate(
             stop=tuple(stop or ()),
         ),
         expert_memory=expert_memory,
+        host_memory=host_memory,
+        miss=miss,
         policy=policy,
         predictor=predictor,
         warm_start=warm_start,

@@ -87,6 +87,13 @@ def _figures(generation: Generation) -> Table:
     table.add_row("reading ahead", _reading_ahead(generation.report["prediction"]))
     read = cache["bytes_read"] / generation.num_tokens
     table.add_row("read from disk", f"{format_bytes(read)} a token")
+    tiers = generation.report["tiers"]
+    if tiers is not None:
+        table.add_row(
+            "missing experts",
+            f"{tiers['misses_copied']} copied, {tiers['misses_computed']} computed on the CPU, "
+            f"{format_bytes(tiers['bytes_copied'] / generation.num_tokens)} copied a token",
+        )
     table.add_row(
         "expert memory",
         f"{format_bytes(memory['expert_budget_bytes'])} for experts of "

@@ -44,6 +44,14 @@ class ExpertDtype(StrEnum):
     INT4 = "int4"
 
 
+class Miss(StrEnum):
+    """How experts that the GPU lacks are computed."""
+
+    AUTO = "auto"
+    COPY = "copy"
+    CPU = "cpu"
+
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, or a hub id such as org/name.")
 ]
@@ -97,6 +105,25 @@ ExpertMemoryOption = Annotated[
         help="Memory for experts: auto (all if they fit, else what is free), 512MiB, 33%.",
         rich_help_panel=MEMORY_PANEL,
     ),
+]
+HostMemoryOption = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="With a GPU: pinned host memory for experts behind it, written as --expert-memory.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+MissOption = Annotated[
+    Miss,
+    typer.Option(
+        help="With a GPU: copy an expert that it lacks, compute it on the CPU, or what is faster.",
+        rich_help_panel=MEMORY_PANEL,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:0; a GPU if there is one.", rich_help_panel=MODEL_PANEL),
 ]
 PolicyOption = Annotated[
     Policy,

@@ -36,6 +36,8 @@ class GenerationRequest:
     prompts: Sequence[str]
     decoding: Decoding
     expert_memory: str = "auto"
+    host_memory: str = "auto"
+    miss: str = "auto"
     policy: str = "lru"
     predictor: str = "off"
     warm_start: bool = True
@@ -46,7 +48,7 @@ class GenerationRequest:
     linears: bool = False
     max_memory: Mapping[int | str, int | str] | None = None
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     chat: bool = False
@@ -122,6 +124,7 @@ class Generation:
             "time_to_first_token_seconds": self.time_to_first_token_seconds,
             "cache": cache,
             "prediction": self.report["prediction"],
+            "tiers": self.report["tiers"],
             "memory": self.report["memory"] | asdict(self.resident),
             "settings": self._settings(),
         }
@@ -204,6 +207,8 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
     return load(
         resolved.folder,
         expert_memory=request.expert_memory,
+        host_memory=request.host_memory,
+        miss=request.miss,
         policy=request.policy,
         predictor=request.predictor,
         warm_start=request.warm_start,
@@ -255,7 +260,7 @@ def _check(
             folder=folder,
             dtype=request.dtype,
             effective_dtype=report["settings"]["dtype"],
-            device=request.device,
+            device=report["settings"]["device"],
             trust_remote_code=request.trust_remote_code,
             quantisation=resolved.quantisation,
         )

@@ -56,7 +56,8 @@ class RoutingReplay:
             named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False))
             index_TK = (named | kwargs)["top_k_index"]
             weights_TK = (named | kwargs)["top_k_weights"]
-            rows = self._advance(layer, len(index_TK))
+            self._move_to(index_TK.device)
+            rows = self._advance(layer, len(index_TK), index_TK.device)
             replayed_TK = self._index_NLK[rows, layer].to(index_TK)
             if self._weights_NLK is None and replayed_TK.shape != index_TK.shape:
                 raise TraceError(
@@ -72,10 +73,17 @@ class RoutingReplay:
 
         return hook
 
-    def _advance(self, layer: int, num_rows: int) -> torch.Tensor:
+    def _move_to(self, device: torch.device) -> None:
+        """Rows are where the model computes, so that no layer waits for them."""
+        if self._index_NLK.device != device:
+            self._index_NLK = self._index_NLK.to(device)
+            if self._weights_NLK is not None:
+                self._weights_NLK = self._weights_NLK.to(device)
+
+    def _advance(self, layer: int, num_rows: int, device: torch.device) -> torch.Tensor:
         start = self._positions[layer]
         self._positions[layer] = start + num_rows
-        return torch.arange(start, start + num_rows) % len(self._index_NLK)
+        return torch.arange(start, start + num_rows, device=device) % len(self._index_NLK)
 
 
 @contextmanager

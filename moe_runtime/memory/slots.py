@@ -1,12 +1,12 @@
 """The fixed memory that experts live in while they are cached."""
 
-import mmap
 from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from moe_runtime.memory.anonymous_memory import anonymous_memory
 from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
 
@@ -43,13 +43,7 @@ class HostSlots:
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         self.num_slots = self.max_views = num_slots
         self.slot_bytes = slot_bytes
-        mapping = mmap.mmap(-1, num_slots * slot_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without huge pages: only slower
-                pass
-        self._memory = np.frombuffer(mapping, np.uint8)
+        self._memory = anonymous_memory(num_slots * slot_bytes)
         self._views: dict[tuple[int, ExpertLayout], dict[str, torch.Tensor]] = {}
 
     def blob(self, slot: int) -> Blob:
@@ -71,39 +65,3 @@ class HostSlots:
     def close(self) -> None:
         self._views.clear()
         self._memory = np.empty(0, np.uint8)
-
-
-class DeviceSlots:
-    """Slots on an accelerator, filled from host blobs in the order of the default stream.
-
-    An eviction is planned after the kernels that read the slot were launched, and the copy that
-    refills it joins the same stream, so no kernel ever sees a half-filled slot.
-    """
-
-    def __init__(self, num_slots: int, slot_bytes: int, device: torch.device) -> None:
-        self.num_slots = self.max_views = num_slots
-        self.slot_bytes = slot_bytes
-        self._memory = torch.empty((num_slots, slot_bytes), dtype=torch.uint8, device=device)
-
-    def blob(self, slot: int) -> Blob:
-        blob: Blob = np.empty(self.slot_bytes, np.uint8)
-        return blob
-
-    def commit(self, slot: int, blob: Blob) -> None:
-        self._memory[slot].copy_(torch.from_numpy(blob))  # sync: pageable memory, freed after
-
-    def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
-        return layout.views(self._memory[slot])
-
-    def poison(self, slot: int) -> None:
-        self._memory[slot].fill_(0xFF)
-
-    def close(self) -> None:
-        self._memory = torch.empty((0, 0), dtype=torch.uint8)
-
-
-def allocate_slots(num_slots: int, slot_bytes: int, device: torch.device) -> Slots:
-    """Slots where the model computes."""
-    if device.type == "cpu":
-        return HostSlots(num_slots, slot_bytes)
-    return DeviceSlots(num_slots, slot_bytes, device)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,10 @@ class TensorMap:
                 for box in assembly.boxes
             }
         )
+
+    def on_cache_lines(self) -> "TensorMap":
+        """The same experts without phases: an accelerator's bits do not hang on addresses."""
+        return TensorMap([replace(layer, phases={}) for layer in self.layers])
 
     @property
     def is_packed(self) -> bool:

@@ -159,3 +159,29 @@ def test_absent_key_has_no_slot() -> None:
     """Law: asking for the slot of an absent key raises KeyError."""
     with pytest.raises(KeyError):
         ExpertCache(1, LRUPolicy()).slot(ExpertKey(0, 0))
+
+
+@given(forwards=forwards, num_slots=st.integers(1, 12), name=policies, data=st.data())
+def test_fetching_ahead_keeps_the_books(
+    forwards: list[Forward], num_slots: int, name: str, data: st.DataObject
+) -> None:
+    """Law: a key fetched ahead has a slot of its own, evicts nothing pinned and is not counted."""
+    cache = ExpertCache(num_slots, POLICIES[name]())
+    for forward in forwards:
+        cache.admit(keys_of(forward))
+        key = data.draw(st.builds(ExpertKey, st.integers(0, 2), st.integers(0, NUM_EXPERTS - 1)))
+        if key in cache:
+            continue
+        before, counted = contents(cache), repr(cache.counts)
+        pinned = data.draw(st.sets(st.sampled_from(cache.resident())))
+        room = cache.prefetch(key, pinned, lambda new, old: True)
+        assert repr(cache.counts) == counted
+        if room is None:
+            assert set(before.values()) <= pinned
+            assert contents(cache) == before
+            continue
+        slot, evicted = room
+        assert before.get(slot) == evicted
+        assert evicted not in pinned
+        assert contents(cache) == before | {slot: key}
+        assert len(cache) <= num_slots

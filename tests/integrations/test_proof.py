@@ -15,6 +15,7 @@ from moe_runtime.integrations.transformers.proof import prove_math
 from moe_runtime.layer import Accumulator
 
 NUM_EXPERTS, MODEL_DIM, FFN_DIM, TOP_K = 5, 16, 24, 2
+CPU = torch.device("cpu")
 
 Add = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
@@ -102,7 +103,7 @@ def test_accumulator_is_found(
     """Law: the dtype in which a class adds up its experts is found by trying, meta or not."""
     with torch.device("meta" if on_meta else "cpu"):
         experts = fake_experts(accumulator)(SimpleNamespace(_experts_implementation="eager"))
-    math = prove_math(experts, torch.bfloat16)
+    math = prove_math(experts, torch.bfloat16, CPU)
     assert math is not None
     assert math.accumulator is expected
     assert all(p.is_meta == on_meta for p in experts.parameters())
@@ -112,8 +113,8 @@ def test_accumulator_is_found(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_own_maths_is_not_replaced(dtype: torch.dtype) -> None:
     """Law: a class with maths of its own (a factor, a parameter more) has no fast loop."""
-    assert prove_math(build(fake_experts(in_hidden, factor=1.5), dtype), dtype) is None
-    assert prove_math(build(fake_experts(in_hidden, extra=True), dtype), dtype) is None
+    assert prove_math(build(fake_experts(in_hidden, factor=1.5), dtype), dtype, CPU) is None
+    assert prove_math(build(fake_experts(in_hidden, extra=True), dtype), dtype, CPU) is None
 
 
 class Block(nn.Module):

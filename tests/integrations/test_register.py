@@ -11,8 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import moe_runtime
+from moe_runtime.integrations.transformers import register as resident
 from moe_runtime.integrations.transformers.experts import reference_forward
 from moe_runtime.integrations.transformers.fast import find_gate
+from moe_runtime.integrations.transformers.grouped import find_gate as find_grouped_gate
 from moe_runtime.integrations.transformers.proof import expert_math
 from moe_runtime.integrations.transformers.register import (
     NAME,
@@ -23,8 +25,11 @@ from moe_runtime.integrations.transformers.register import (
 from moe_runtime.kernels.cpu import experts as face
 from moe_runtime.kernels.cpu.experts import CpuExperts, Gate
 from moe_runtime.kernels.cpu.library import NOT_BUILT
+from moe_runtime.kernels.gate import Gate as GroupedGate
 from moe_runtime.layer import Accumulator
+from tests.tiered_world import needs_interpreter
 from tests.tiny_models import (
+    SIZES,
     experts_modules,
     families,
     greedy_ids,
@@ -197,3 +202,61 @@ def test_linears_compute_few_tokens(checkpoint: Any, tmp_path: Path) -> None:
     slow_down_linears(model)
     assert not any(isinstance(module, FewTokensLinear) for module in model.modules())
     assert torch.equal(logits_of(model, prompt(1, 1)), before[0])
+
+
+def grouped_plan(module: nn.Module) -> Any:
+    """What a GPU would run, interpreted."""
+    math = expert_math(module, Accumulator.FLOAT32)
+    assert math is not None
+    return resident._grouped_plan(module, math)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [
+        ("mixtral", "triton"),
+        ("gpt_oss", "triton"),  # transposed, interleaved, clamped, with biases
+        ("aria_text", "triton"),  # transposed
+        ("nemotron_h", "triton, gate in torch"),  # no gate to multiply with
+    ],
+)
+def test_grouped_products_of_fused_parameters(family: str, path: str) -> None:
+    """Law: Triton over a module's own parameters computes what the family's own forward does."""
+    module: Any = next(iter(experts_modules(tiny_model(family)).values()))
+    plan = grouped_plan(module)
+    assert plan.path == path
+    inputs = routing(module, 3, torch.float32)
+    with torch.no_grad():
+        expected = reference_forward(type(module))(module, *inputs)
+        found = plan.grouped.kernel.run(*inputs, plan.grouped.stacked, plan.grouped.slots_E)[0]
+    torch.testing.assert_close(found, expected, atol=CLOSE, rtol=CLOSE)
+
+
+@needs_interpreter
+def test_transformers_calls_grouped_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: the registered function hands a layer to Triton, and one that trains to grouped_mm."""
+    monkeypatch.setattr(resident, "_plan", grouped_plan)
+    module: Any = next(iter(experts_modules(tiny_model("mixtral")).values()))
+    inputs, ours = routing(module, 2, torch.float32), ResidentExperts()
+    with torch.no_grad():
+        expected = reference_forward(type(module))(module, *inputs)
+        torch.testing.assert_close(ours(module, *inputs), expected, atol=CLOSE, rtol=CLOSE)
+    assert experts_path(module) == "triton"
+    ours(module, *inputs).sum().backward()
+    assert module.down_proj.grad is not None
+
+
+def test_gates_of_grouped_products() -> None:
+    """Law: gates are found by trying; what Triton lacks runs in torch, and what differs is seen."""
+    found = {}
+    for model_type in ("mixtral", "gpt_oss", "nemotron_h"):
+        module = next(iter(experts_modules(tiny_model(model_type)).values()))
+        math = expert_math(module, Accumulator.FLOAT32)
+        assert math is not None
+        found[model_type] = find_grouped_gate(module, math)
+    assert found["mixtral"] == GroupedGate()
+    assert found["gpt_oss"] == GroupedGate(
+        activation="clamped", is_interleaved=True, limit=SIZES["swiglu_limit"]
+    )
+    assert found["nemotron_h"] is None

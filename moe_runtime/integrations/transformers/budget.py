@@ -5,10 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
+
 from moe_runtime.errors import BudgetError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.kernels.quantise import QUANTISED_DTYPES, QuantisedDtype
+from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.packed_map import PackedMap
 from moe_runtime.memory.quantised_map import QuantisedMap
 from moe_runtime.memory.scaled_map import ScaledMap
@@ -72,6 +75,13 @@ class Budget:
     def holds_all(self) -> bool:
         """Whether every expert of the model has a slot."""
         return self.num_slots >= self.num_experts
+
+
+def device_available_bytes(device: torch.device) -> int:
+    """Memory that is free where `device` computes."""
+    if device.type == "cpu":
+        return available_memory_bytes()
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def floor_slots(sites: Sequence[ExpertSite]) -> int:

@@ -8,7 +8,9 @@ from moe_runtime.fast_layer import FastMath
 from moe_runtime.integrations.transformers.fast import fast_math
 from moe_runtime.integrations.transformers.proof import Prover, prove_math
 from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.integrations.transformers.tiered_maths import choose_tiered_maths
 from moe_runtime.layer import LayerMath
+from moe_runtime.tiered_math import TieredMath
 
 
 def choose_maths(
@@ -17,14 +19,16 @@ def choose_maths(
     device: torch.device,
     *,
     exact: bool,
-) -> list[LayerMath | None]:
+) -> list[LayerMath | TieredMath | None]:
     """What computes each site; None for the family's own forward, and for a list of modules.
 
     `dtypes` is by full tensor name. Whatever is not `exact` was still shown to compute the same
     function: its flags reproduce the family's own forward in every bit where torch multiplies.
     """
+    if device.type != "cpu":
+        return [*choose_tiered_maths(sites, dtypes, device, exact=exact)]
     prover = Prover(device)
-    maths: list[LayerMath | None] = []
+    maths: list[LayerMath | TieredMath | None] = []
     for site in sites:
         if not site.is_fused:
             maths.append(None)
@@ -33,11 +37,11 @@ def choose_maths(
         if exact:
             maths.append(prover.prove(site.module, dtype))
             continue
-        math = prove_math(site.module, dtype)
+        math = prove_math(site.module, dtype, device)
         maths.append(None if math is None else fast_math(site.module, math, dtype, device))
     return maths
 
 
-def computes_compact(maths: Iterable[LayerMath | None]) -> bool:
+def computes_compact(maths: Iterable[LayerMath | TieredMath | None]) -> bool:
     """Whether every layer's experts are computed from packed and quantised rows as they are."""
     return all(isinstance(math, FastMath) for math in maths)

@@ -8,10 +8,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from moe_runtime.engine import ExpertEngine, LayerAccess, Weights
+from moe_runtime.engine import ExpertEngine, Weights
 from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.foresight import Foresight
-from moe_runtime.layer import Dispatch, LayerMath
+from moe_runtime.layer import Dispatch, ExpertAccess, LayerMath
+from moe_runtime.tiered_engine import TieredEngine
+from moe_runtime.tiered_layer import TieredLayers
+from moe_runtime.tiered_math import TieredMath
 
 REMEDY = "call moe_runtime.handle(model).restore() first"
 
@@ -33,7 +36,7 @@ class NotCopied:
 class OffloadedModule(NotCopied, nn.Module):
     """Refuses what would silently lose the experts of a module whose weights are not in it."""
 
-    _engine: ExpertEngine
+    _engine: ExpertEngine | TieredEngine
     _layer: int
     _slot_like: torch.Tensor  # empty; has the dtype and device of the experts
 
@@ -69,10 +72,11 @@ class OffloadedModule(NotCopied, nn.Module):
 class OffloadedExperts(OffloadedModule):
     """Mixed into transformers' experts class in place of its parameters and its forward."""
 
-    _math: LayerMath | None  # None: the class's own forward runs, fed from slots
+    _math: LayerMath | TieredMath | None  # None: the class's own forward runs, fed from slots
     _num_experts: int
     _argument_names: tuple[str, ...]
     _foresight: Foresight | None = None
+    _tiers: TieredLayers | None  # None: experts are computed on the CPU, from its slots
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -86,21 +90,33 @@ class OffloadedExperts(OffloadedModule):
         if needs_grad:
             self._refuse_training()
         with torch.no_grad():
-            dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, self._num_experts)
-            if not dispatch.experts:
-                return torch.zeros_like(hidden_TD)
-            if self._foresight is not None:
-                self._foresight.routed(self._layer, top_k_index_TK)
-            with self._engine.open_layer(self._layer, dispatch.experts) as access:
-                if self._math is not None:
-                    output = self._math.run(hidden_TD, dispatch, access)
-                else:
-                    output = self._run_reference(
-                        access, hidden_TD, top_k_index_TK, top_k_weights_TK
-                    )
+            if isinstance(self._math, TieredMath):
+                assert self._tiers is not None
+                output = self._tiers.run(
+                    self._layer, self._math, hidden_TD, top_k_index_TK, top_k_weights_TK
+                )
+            else:
+                output = self._run_from_slots(hidden_TD, top_k_index_TK, top_k_weights_TK)
         return _without_backward(output, hidden_TD, top_k_weights_TK) if needs_grad else output
 
-    def _run_reference(self, access: LayerAccess, *inputs: torch.Tensor) -> torch.Tensor:
+    def _run_from_slots(
+        self,
+        hidden_TD: torch.Tensor,
+        top_k_index_TK: torch.Tensor,
+        top_k_weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, self._num_experts)
+        if not dispatch.experts:
+            return torch.zeros_like(hidden_TD)
+        if self._foresight is not None:
+            self._foresight.routed(self._layer, top_k_index_TK)
+        with self._engine.open_layer(self._layer, dispatch.experts) as access:
+            if self._math is not None:
+                assert not isinstance(self._math, TieredMath)
+                return self._math.run(hidden_TD, dispatch, access)
+            return self._run_reference(access, hidden_TD, top_k_index_TK, top_k_weights_TK)
+
+    def _run_reference(self, access: ExpertAccess, *inputs: torch.Tensor) -> torch.Tensor:
         forward = reference_forward(type(self))
         output: torch.Tensor = forward(_ReferenceSelf(self, _InTurn(access)), *inputs)
         return output
@@ -176,7 +192,7 @@ def offloaded_class(base: type[nn.Module], mixin: type[OffloadedModule]) -> type
 class _InTurn:
     """Releases an expert when the reference's loop goes on to the next."""
 
-    def __init__(self, access: LayerAccess) -> None:
+    def __init__(self, access: ExpertAccess) -> None:
         self._access = access
         self._current: int | None = None
 

@@ -60,27 +60,33 @@ def find_gate(module: nn.Module, math: ExpertMath) -> tuple[Gate | TorchGate, bo
 
     Found by trying, in float32; the module's own function where none does.
     """
-    generator = torch.Generator().manual_seed(0)
-    small, weights = small_copy(module, torch.float32, generator)
-    small_math = expert_math(small, math.accumulator)
-    assert small_math is not None
-    num_up, ffn = weights[0][math.up_name].shape[0], weights[0]["down_proj"].shape[1]
-    rows = torch.randn(_NUM_TRIALS, num_up, generator=generator)
-    trials = torch.cat([rows * size for size in _TRIAL_SIZES])
-    with torch.no_grad():
-        expected = small_math.apply_gate(trials)
-        for gate, activation in _ACTIVATIONS.items():
-            if num_up == ffn:
-                if _is_same(activation(trials), expected):
-                    return gate, False
-                continue
-            first, second = trials.chunk(2, dim=-1)
-            if _is_same(activation(first) * second, expected):
+    trials, expected = gate_trials(module, math)
+    for gate, activation in _ACTIVATIONS.items():
+        if trials.shape == expected.shape:
+            if is_same(activation(trials), expected):
                 return gate, False
-            if _is_same(activation(trials[:, ::2]) * trials[:, 1::2], expected):
-                return gate, True
+            continue
+        first, second = trials.chunk(2, dim=-1)
+        if is_same(activation(first) * second, expected):
+            return gate, False
+        if is_same(activation(trials[:, ::2]) * trials[:, 1::2], expected):
+            return gate, True
     return math.apply_gate, False
 
 
-def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def gate_trials(module: nn.Module, math: ExpertMath) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in float32, small and large, and what the module's own gate makes of them."""
+    generator = torch.Generator().manual_seed(0)
+    small, weights = small_copy(module, torch.float32, generator, torch.device("cpu"))
+    small_math = expert_math(small, math.accumulator)
+    assert small_math is not None
+    num_up = weights[0][math.up_name].shape[1 if math.is_transposed else 0]
+    rows = torch.randn(_NUM_TRIALS, num_up, generator=generator)
+    trials = torch.cat([rows * size for size in _TRIAL_SIZES])
+    with torch.no_grad():
+        return trials, small_math.apply_gate(trials)
+
+
+def is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether both are the same function of the trials, however it was computed."""
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=_SAME, atol=_SAME)

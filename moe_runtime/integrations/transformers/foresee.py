@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_runtime.engine import ExpertEngine
 from moe_runtime.errors import PredictorError, UnsupportedModelError
 from moe_runtime.foresight import Foresight
 from moe_runtime.integrations.transformers.experts import NotCopied
@@ -91,6 +92,12 @@ def foresee(model: nn.Module, handle: Handle, predictor: str | Path, origin: Ori
     text = str(predictor)
     if text == OFF:
         return
+    if not isinstance(handle.engine, ExpertEngine):
+        why = "experts are computed on a GPU, where nothing is read ahead yet"
+        if text != AUTO:
+            raise PredictorError(f"predictor {text} has no effect: {why}; use {OFF} or {AUTO}")
+        handle.foresee_nothing(why)
+        return
     if text == AUTO and handle.budget.holds_all:
         handle.foresee_nothing("all experts fit in memory")
         return
@@ -145,7 +152,12 @@ class _RouterHooks:
 
 
 def start_warm(handle: Handle, folder: Path | None, origin: Origin) -> None:
-    """Read first what was in slots when this checkpoint was closed last, and save it at close()."""
+    """Read first what was in slots when this checkpoint was closed last, and save it at close().
+
+    Slots on a GPU start empty.
+    """
+    if not isinstance(handle.engine, ExpertEngine):
+        return
     memory = WarmStart(
         state_file(folder, origin.digest),
         engine=handle.engine,

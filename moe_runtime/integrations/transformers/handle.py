@@ -32,6 +32,9 @@ from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.quantised_map import QuantisedMap
+from moe_runtime.tiered_engine import TieredEngine
+from moe_runtime.tiered_layer import TieredLayers
+from moe_runtime.tiered_math import TieredMath
 
 _ATTRIBUTE = "_moe_runtime_handle"
 
@@ -60,8 +63,8 @@ class Handle:
         self,
         root: nn.Module,
         sites: Sequence[ExpertSite],
-        maths: Sequence[LayerMath | None],
-        engine: ExpertEngine,
+        maths: Sequence[LayerMath | TieredMath | None],
+        engine: ExpertEngine | TieredEngine,
         budget: Budget,
         settings: Settings,
         *,
@@ -73,6 +76,7 @@ class Handle:
         self.engine = engine
         self.budget = budget
         self.settings = settings
+        self._tiers = TieredLayers(engine) if isinstance(engine, TieredEngine) else None
         self._root = root
         self._sites = list(sites)
         self._dense_bytes = dense_bytes
@@ -107,12 +111,14 @@ class Handle:
 
     def foresee(self, foresight: Foresight, remove: Callable[[], object]) -> None:
         """Ask `foresight` what to read ahead, from now on; `remove` takes its hooks out."""
-        self._foresight = self.engine.planner = foresight
+        engine = self.engine
+        assert isinstance(engine, ExpertEngine), "nothing is read ahead for a GPU"
+        self._foresight = engine.planner = foresight
         for site in self._sites:
             site.module.__dict__["_foresight"] = foresight
 
         def undo() -> None:
-            self._foresight = self.engine.planner = None
+            self._foresight = engine.planner = None
             for site in self._sites:
                 site.module.__dict__.pop("_foresight", None)
             remove()
@@ -128,10 +134,11 @@ class Handle:
         self._before_close.append(action)
 
     def report(self) -> dict[str, Any]:
-        """`cache`, `prediction`, `memory` and `settings` of `generate --json`.
+        """`cache`, `prediction`, `tiers`, `memory` and `settings` of `generate --json`.
 
-        Counts are since loading.
+        Counts are since loading. `tiers` is None where experts are computed on the CPU.
         """
+        tiers = self._tiers.report() if self._tiers is not None else None
         cache = self.engine.cache
         per_layer = [
             {
@@ -152,7 +159,7 @@ class Handle:
                 "hits": hits,
                 "misses": misses,
                 "hit_rate": hits / (hits + misses) if hits + misses else None,
-                "bytes_read": self.engine.reader.bytes_read,
+                "bytes_read": self.engine.bytes_read,
                 "per_layer": per_layer,
             },
             "prediction": (
@@ -160,6 +167,7 @@ class Handle:
                 if self._foresight is None
                 else self._foresight.report()
             ),
+            "tiers": tiers,
             "memory": {
                 "expert_budget_bytes": self.budget.budget_bytes,
                 "expert_used_bytes": self.budget.used_bytes,
@@ -187,6 +195,11 @@ class Handle:
         """One line: what lives where."""
         budget = self.budget
         where = "all" if budget.holds_all else f"{budget.num_slots}"
+        host = ""
+        if isinstance(self.engine, TieredEngine):
+            slots = self.engine.host_slots
+            sort = "pinned" if slots.refusal is None else "pageable"
+            host = f"{slots.num_slots} in {sort} host memory, "
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
         packed = "packed " if self.settings.packed_on_disk else ""
         stored = f", {self.settings.quantisation}" if self.settings.quantisation else ""
@@ -196,7 +209,7 @@ class Handle:
         return (
             f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
             f"({format_bytes(budget.expert_total_bytes)}{stored}) {packed}on disk, "
-            f"{where} at a time in {format_bytes(budget.used_bytes)} {kept}on {self._device} "
+            f"{host}{where} at a time in {format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
             + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
         )
@@ -271,7 +284,7 @@ class Handle:
         kind = self.budget.kind
         return names if kind.blobs is None else f"{names}, from {kind.name} slots"
 
-    def _attach(self, layer: int, site: ExpertSite, math: LayerMath | None) -> None:
+    def _attach(self, layer: int, site: ExpertSite, math: LayerMath | TieredMath | None) -> None:
         slot_like = torch.empty(0, dtype=site.parameters[0].dtype, device=self._device)
         if site.is_fused:
             for parameter in site.parameters:
@@ -285,6 +298,7 @@ class Handle:
                 _engine=self.engine,
                 _layer=layer,
                 _slot_like=slot_like,
+                _tiers=self._tiers,
             )
             return
         for expert, module in enumerate(site.module.children()):

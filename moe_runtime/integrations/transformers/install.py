@@ -1,6 +1,7 @@
 """Builds engine and handle for sites whose bytes are known."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,17 +15,23 @@ from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.engine import ExpertEngine
 from moe_runtime.integrations.transformers.budget import Budget
+from moe_runtime.integrations.transformers.device_tiers import TierSettings, build_tiers
 from moe_runtime.integrations.transformers.handle import Handle, Settings
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.assembly import Assembly, row_major, stack
+from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.compact_slots import CompactSlots
+from moe_runtime.memory.cuda_streams import CudaStreams
 from moe_runtime.memory.disk import DiskReader
+from moe_runtime.memory.expert_source import DiskSource
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES, ExpertLayout
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.scaled_layer import is_scaled, scaled_layer
-from moe_runtime.memory.slots import Slots, allocate_slots
+from moe_runtime.memory.slots import HostSlots, Slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
+from moe_runtime.tiered_engine import TieredEngine
+from moe_runtime.tiered_math import TieredMath
 
 POLICIES = (LRUPolicy.name, LFUPolicy.name, PLECPolicy.name)
 
@@ -101,30 +108,35 @@ def loaded_phase(assembly: Assembly, dtype: torch.dtype) -> int:
 def install(
     root: nn.Module,
     sites: Sequence[ExpertSite],
-    maths: Sequence[LayerMath | None],
+    maths: Sequence[LayerMath | TieredMath | None],
     tensor_map: TensorMap,
     budget: Budget,
     *,
     policy: str | EvictionPolicy,
+    tiers: TierSettings,
     device: torch.device,
     direct: bool,
     dense_bytes: int,
     mapped: Mapping[str, MappedTensor] = MappingProxyType({}),
     spill_folder: Path | None = None,
 ) -> Handle:
-    """Open the files, allocate the slots and put offloaded experts in the place of `sites`."""
+    """Open the files, allocate the slots and put offloaded experts in the place of `sites`.
+
+    `tiers` counts where `device` is an accelerator.
+    """
     eviction = make_policy(policy, tensor_map)
+    if device.type == "cpu" and not tiers.is_default:
+        warnings.warn(
+            "host_memory and miss have no effect on the CPU, where experts are computed from "
+            "expert_memory; leave them out, or give a GPU as the device",
+            stacklevel=3,
+        )
     reader = DiskReader(tensor_map.files(), direct=direct)
     try:
-        slots: Slots = (
-            allocate_slots(budget.num_slots, budget.slot_bytes, device)
-            if budget.kind.blobs is None
-            else CompactSlots(budget.num_slots, budget.slot_bytes, budget.kind.room_bytes)
-        )
+        engine, budget = build_engine(tensor_map, budget, tiers, eviction, reader, device)
     except BaseException:
         reader.close()
         raise
-    engine = ExpertEngine(tensor_map, slots, eviction, reader, blobs=budget.kind.blobs)
     settings = Settings(
         policy=eviction.name,
         dtype=str(tensor_map.dtype).removeprefix("torch."),
@@ -145,6 +157,35 @@ def install(
         mapped=mapped,
         device=device,
         spill_folder=spill_folder,
+    )
+
+
+def build_engine(
+    tensor_map: TensorMap,
+    budget: Budget,
+    tiers: TierSettings,
+    policy: EvictionPolicy,
+    reader: DiskReader,
+    device: torch.device,
+) -> tuple[ExpertEngine | TieredEngine, Budget]:
+    """The engine for `device`, and the budget with the slots that it got."""
+    if device.type == "cpu":
+        blobs = budget.kind.blobs
+        slots: Slots = (
+            HostSlots(budget.num_slots, budget.slot_bytes)
+            if blobs is None
+            else CompactSlots(budget.num_slots, budget.slot_bytes, budget.kind.room_bytes)
+        )
+        return ExpertEngine(tensor_map, slots, policy, reader, blobs=blobs), budget
+    aligned = tensor_map.on_cache_lines()
+    return build_tiers(
+        aligned,
+        budget,
+        tiers,
+        policy,
+        CudaStreams(device),
+        DiskSource(aligned, reader),
+        available_host_bytes=available_memory_bytes(),
     )
 
 

@@ -15,8 +15,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
-from moe_runtime.integrations.transformers.budget import Budget, plan_budget
+from moe_runtime.integrations.transformers.budget import (
+    Budget,
+    device_available_bytes,
+    plan_budget,
+)
 from moe_runtime.integrations.transformers.choice import choose_maths, computes_compact
+from moe_runtime.integrations.transformers.device import single_device
+from moe_runtime.integrations.transformers.device_tiers import TierSettings
 from moe_runtime.integrations.transformers.foresee import (
     Origin,
     check_predictor,
@@ -29,12 +35,12 @@ from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_mod
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
 from moe_runtime.layer import LayerMath
-from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.read_tensor import read_scaled, read_tensor
 from moe_runtime.memory.scaled_tensor import ScaledTensor
 from moe_runtime.memory.tensor_map import TensorMap
+from moe_runtime.tiered_math import TieredMath
 
 logger = logging.getLogger("moe_runtime")
 
@@ -43,6 +49,8 @@ def load(
     model: str | Path,
     *,
     expert_memory: str | int | float = "auto",
+    host_memory: str | int | float = "auto",
+    miss: str = "auto",
     policy: str | EvictionPolicy = "lru",
     expert_slots: str = "auto",
     expert_dtype: str = "auto",
@@ -81,6 +89,12 @@ def load(
     same, or an error), a file of `moe-runtime predictor train`, or 'off'. It reads only while that
     gains time, and changes no output. `warm_start` keeps what was hot at close() for the next
     start: True in the user's cache folder, or a folder of your own; False to start empty.
+    `device_map` is one device: the first GPU if there is one, else the CPU. On a GPU
+    `expert_memory` is its memory, and `host_memory`, written alike, pinned host memory behind it:
+    'auto' is all experts if they fit, else what fits. `miss` says what happens to an expert that
+    the GPU lacks: it is copied there ('copy'), computed on the CPU ('cpu'), or what measures faster
+    ('auto'). Outputs do not depend on what was cached, except that the CPU rounds differently where
+    it computed an expert; with `exact` it computes none.
     `max_memory={0: "10GiB", "cpu": "30GiB"}` limits dense weights and experts together on the
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
@@ -102,7 +116,9 @@ def load(
             "unmodified model's bits; leave out one of them"
         )
     memory = ExpertMemory.parse(expert_memory)
-    device = _single_device(device_map)
+    may_shrink = memory == ExpertMemory()
+    tiers = TierSettings.parse(host_memory, miss, may_shrink=may_shrink, exact=exact)
+    device = single_device(device_map)
     resolved = resolve_model(
         model,
         revision=revision,
@@ -153,6 +169,7 @@ def load(
         made.tensor_map,
         made.budget,
         policy=policy,
+        tiers=tiers,
         device=device,
         direct=not page_cache,
         dense_bytes=made.dense_bytes,
@@ -183,7 +200,7 @@ class _Made:
     """What was found out while transformers had the model on the meta device."""
 
     sites: list[ExpertSite]
-    maths: list[LayerMath | None]
+    maths: list[LayerMath | TieredMath | None]
     tensor_map: TensorMap
     budget: Budget
     dense_bytes: int
@@ -227,7 +244,7 @@ class _Plan:
             found.tensor_map,
             found.sites,
             dense_bytes=found.dense_bytes - (0 if accelerated else found.lookup_bytes),
-            available_bytes=_device_available(self._device),
+            available_bytes=device_available_bytes(self._device),
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
             expert_slots=self._expert_slots,
@@ -296,46 +313,6 @@ def _refuse_columns(sites: Sequence[ExpertSite], expert_dtype: str) -> None:
                 f"expert_dtype={expert_dtype!r} rounds rows of outputs, and {site.name} holds its "
                 "weights transposed; leave expert_dtype out"
             )
-
-
-def _single_device(device_map: Any) -> torch.device:
-    if isinstance(device_map, Mapping):
-        values = set(device_map.values())
-        if set(device_map) != {""} or len(values) != 1:
-            raise ValueError(
-                f"device_map {dict(device_map)!r} spreads the model; moe_runtime.load() takes one "
-                'device for dense weights and experts, such as "cpu" or {"": 0}'
-            )
-        device_map = values.pop()
-    if device_map is None:
-        return torch.device("cpu")
-    if isinstance(device_map, int):
-        device_map = f"cuda:{device_map}"
-    if device_map in ("auto", "balanced", "balanced_low_0", "sequential", "disk", "meta"):
-        raise ValueError(
-            f"device_map={device_map!r} is accelerate's; moe_runtime.load() places experts itself: "
-            'leave device_map out, or give one device such as "cpu" or "cuda:0"'
-        )
-    try:
-        device = torch.device(device_map)
-    except (RuntimeError, TypeError):
-        raise ValueError(
-            f"device {device_map!r} is unknown; give one such as 'cpu', 'cuda' or 'cuda:0'"
-        ) from None
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-        raise ValueError(
-            f"device {str(device)!r} is not available to torch {torch.__version__} here; "
-            "use 'cpu', or see what moe-runtime doctor says"
-        )
-    return device
-
-
-def _device_available(device: torch.device) -> int:
-    if device.type == "cpu":
-        return available_memory_bytes()
-    free, _ = torch.get_device_module(device).mem_get_info(device)
-    return int(free)
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any], config: PreTrainedConfig) -> None:

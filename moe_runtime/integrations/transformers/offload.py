@@ -11,8 +11,9 @@ from torch import nn
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
-from moe_runtime.integrations.transformers.budget import plan_budget
+from moe_runtime.integrations.transformers.budget import device_available_bytes, plan_budget
 from moe_runtime.integrations.transformers.choice import choose_maths
+from moe_runtime.integrations.transformers.device_tiers import TierSettings
 from moe_runtime.integrations.transformers.handle import Handle, refuse_twice
 from moe_runtime.integrations.transformers.install import (
     build_tensor_map,
@@ -22,7 +23,6 @@ from moe_runtime.integrations.transformers.install import (
 )
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.memory.assembly import Assembly
-from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.layout import ALIGNMENT_BYTES, TORCH_DTYPES
 from moe_runtime.memory.safetensors_header import read_header
 
@@ -31,6 +31,8 @@ def offload(
     module: nn.Module,
     expert_memory: str | int | float = "auto",
     *,
+    host_memory: str | int | float = "auto",
+    miss: str = "auto",
     policy: str | EvictionPolicy = "lru",
     page_cache: bool = False,
     exact: bool = False,
@@ -41,14 +43,15 @@ def offload(
     `module` is a model, or any module, that holds experts of transformers 5 or ModuleLists of alike
     modules called `experts`; or such a ModuleList itself. The experts are written once to a new
     folder below `offload_folder` (default: the system's temporary folder, which must be on disk to
-    save memory), and removed from there when the handle is restored or closed. `exact` is that
-    of load().
+    save memory), and removed from there when the handle is restored or closed. `exact` and,
+    for a model on a GPU, `host_memory` and `miss` are those of load().
 
     Every change is undone by `restore()`, or by using the handle in a `with`. Raises
     UnsupportedModelError when there is nothing to offload, BudgetError below the floor.
     """
     check_policy(policy)
     memory = ExpertMemory.parse(expert_memory)
+    tiers = TierSettings.parse(host_memory, miss, may_shrink=memory == ExpertMemory(), exact=exact)
     refuse_twice(module)
     sites = find_sites(module)
     if not sites:
@@ -74,7 +77,7 @@ def offload(
                 )
     folder = Path(tempfile.mkdtemp(prefix="moe-runtime-", dir=offload_folder))
     try:
-        return _offload_to(folder, module, sites, memory, policy, page_cache, exact, device)
+        return _offload_to(folder, module, sites, memory, tiers, policy, page_cache, exact, device)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -85,6 +88,7 @@ def _offload_to(
     module: nn.Module,
     sites: list[ExpertSite],
     memory: ExpertMemory,
+    tiers: TierSettings,
     policy: str | EvictionPolicy,
     page_cache: bool,
     exact: bool,
@@ -100,7 +104,7 @@ def _offload_to(
         tensor_map,
         sites,
         dense_bytes=0,  # already in memory
-        available_bytes=available_memory_bytes() + tensor_map.total_bytes,
+        available_bytes=device_available_bytes(device) + tensor_map.total_bytes,
     )
     maths = choose_maths(sites, dtypes, device, exact=exact)
     return install(
@@ -110,6 +114,7 @@ def _offload_to(
         tensor_map,
         budget,
         policy=policy,
+        tiers=tiers,
         device=device,
         direct=not page_cache,
         dense_bytes=dense_bytes,

@@ -30,6 +30,7 @@ class Prover:
     """Finds the fastest proven way to compute experts modules; remembers trials of equal shapes."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._gemv = CpuGemv.load() if device.type == "cpu" else None
         self._products: dict[tuple[int, int], RowProduct | None] = {}
 
@@ -38,7 +39,7 @@ class Prover:
 
         `module` is a fused experts module that still has its (perhaps meta) parameters.
         """
-        math = prove_math(module, dtype)
+        math = prove_math(module, dtype, self._device)
         return None if math is None else replace(math, row_kernel=self._rows(module, math, dtype))
 
     def _rows(self, module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> RowKernel | None:
@@ -60,7 +61,7 @@ class Prover:
         return self._products[num_rows, num_columns]
 
 
-def prove_math(module: nn.Module, dtype: torch.dtype) -> ExpertMath | None:
+def prove_math(module: nn.Module, dtype: torch.dtype, device: torch.device) -> ExpertMath | None:
     """An ExpertMath that reproduces `module`'s eager forward exactly, or None if none does.
 
     `module` is a fused experts module that still has its (meta) parameters. A copy of it with a few
@@ -70,7 +71,7 @@ def prove_math(module: nn.Module, dtype: torch.dtype) -> ExpertMath | None:
     """
     for accumulator in Accumulator:
         math = expert_math(module, accumulator)
-        if math is not None and _agrees(module, math, dtype):
+        if math is not None and _agrees(module, math, dtype, device):
             return math
     return None
 
@@ -94,16 +95,16 @@ def expert_math(module: nn.Module, accumulator: Accumulator) -> ExpertMath | Non
     )
 
 
-def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
+def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype, device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
-    small, weights = small_copy(module, dtype, generator)
+    small, weights = small_copy(module, dtype, generator, device)
     math = expert_math(small, math.accumulator) or math
     hidden_dim = weights[0]["down_proj"].shape[0 if not math.is_transposed else 1]
-    hidden = torch.randn(_NUM_TOKENS, hidden_dim, generator=generator).to(dtype)
+    hidden = torch.randn(_NUM_TOKENS, hidden_dim, generator=generator).to(device, dtype)
     index = torch.stack(
         [torch.randperm(_NUM_EXPERTS, generator=generator)[:_TOP_K] for _ in range(_NUM_TOKENS)]
-    )
-    routing = torch.rand(_NUM_TOKENS, _TOP_K, generator=generator)
+    ).to(device)
+    routing = torch.rand(_NUM_TOKENS, _TOP_K, generator=generator).to(device)
     access = InMemory(weights)
     with torch.no_grad():
         for router_dtype in {torch.float32, dtype}:
@@ -118,7 +119,7 @@ def _agrees(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
 def _rows_are_independent(module: nn.Module, math: ExpertMath, dtype: torch.dtype) -> bool:
     """Whether gate and norm give a row the same bits alone and among others."""
     generator = torch.Generator().manual_seed(0)
-    small, _ = small_copy(module, dtype, generator)
+    small, _ = small_copy(module, dtype, generator, torch.device("cpu"))
     small_math = expert_math(small, math.accumulator)
     assert small_math is not None
     up_dim, hidden_dim = (
@@ -136,12 +137,14 @@ def _rows_are_independent(module: nn.Module, math: ExpertMath, dtype: torch.dtyp
 
 
 def small_copy(
-    module: nn.Module, dtype: torch.dtype, generator: torch.Generator
+    module: nn.Module, dtype: torch.dtype, generator: torch.Generator, device: torch.device
 ) -> tuple[nn.Module, list[Weights]]:
     """`module` with a few experts of a narrow ffn and random numbers, and their weights."""
     small = copy.copy(module)
     small._parameters = {}
-    small._modules = {name: _real(child, generator) for name, child in module.named_children()}
+    small._modules = {
+        name: _real(child, generator, device) for name, child in module.named_children()
+    }
     small.__dict__["num_experts"] = _NUM_EXPERTS
     for name, parameter in module.named_parameters(recurse=False):
         shape = list(parameter.shape)
@@ -152,7 +155,7 @@ def small_copy(
             at = -1 if parameter.dim() == 2 or is_output == bool(module.is_transposed) else -2
             shape[at] = min(shape[at], _FFN * (2 if module.has_gate and is_output else 1))
         values = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
-        small._parameters[name] = nn.Parameter(values.to(dtype), requires_grad=False)
+        small._parameters[name] = nn.Parameter(values.to(device, dtype), requires_grad=False)
     weights: list[Weights] = [
         {name: p[expert] for name, p in small._parameters.items() if p is not None}
         for expert in range(_NUM_EXPERTS)
@@ -160,12 +163,13 @@ def small_copy(
     return small, weights
 
 
-def _real(child: nn.Module, generator: torch.Generator) -> nn.Module:
-    """`child`, with random numbers if it is still on the meta device."""
+def _real(child: nn.Module, generator: torch.Generator, device: torch.device) -> nn.Module:
+    """`child` on `device`, with random numbers if it is still on the meta device."""
     tensors = (*child.parameters(), *child.buffers())
     if not any(tensor.is_meta for tensor in tensors):
-        return child
+        is_there = all(tensor.device == device for tensor in tensors)
+        return child if is_there else copy.deepcopy(child).to(device)
     child = copy.deepcopy(child).to_empty(device="cpu")
     for tensor in (*child.parameters(), *child.buffers()):
         nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
-    return child
+    return child.to(device)

@@ -16,7 +16,9 @@ from moe_runtime.integrations.transformers.experts import reference_forward
 from moe_runtime.integrations.transformers.fast import fast_math
 from moe_runtime.integrations.transformers.in_memory import InMemory
 from moe_runtime.integrations.transformers.proof import expert_math
-from moe_runtime.layer import Accumulator, Dispatch
+from moe_runtime.integrations.transformers.tiered_maths import find_grouped
+from moe_runtime.layer import Accumulator, Dispatch, ExpertMath
+from moe_runtime.tiered_math import GroupedKernel
 
 logger = logging.getLogger("moe_runtime")
 
@@ -28,9 +30,11 @@ _GROUPED_MM_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def register() -> None:
     """Make `from_pretrained(..., experts_implementation="moe_runtime")` work. May be called twice.
 
-    On CPU a kernel computes experts for a few tokens, and grouped_mm for many. Where the kernel
-    cannot (transposed weights, biases, norms behind experts, training, another device), a layer
-    runs grouped_mm, which is logged once for each reason. `experts_path(model)` names what runs.
+    On a GPU Triton computes experts from the model's own fused parameters, and the host waits for
+    nothing. On CPU a kernel computes them for a few tokens, and grouped_mm for many. Where the
+    kernels cannot (on CPU transposed weights, biases and norms behind experts; training; another
+    device), a layer runs grouped_mm, which is logged once for each reason. `experts_path(model)`
+    names what runs.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, ResidentExperts())
 
@@ -45,12 +49,22 @@ def experts_path(model: nn.Module) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How one experts module computes: `math` over views of its parameters, or a fallback."""
+    """How one experts module computes: `math` or `grouped` over its parameters, or a fallback."""
 
-    math: FastMath | None
     path: str
     place: tuple[int, int]  # addresses of both parameters
-    weights: Sequence[Weights]
+    math: FastMath | None = None
+    weights: Sequence[Weights] = ()
+    grouped: "_Grouped | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Grouped:
+    """Grouped products over fused parameters, of which expert e is row e."""
+
+    kernel: GroupedKernel
+    stacked: Weights
+    slots_E: torch.Tensor
 
 
 class ResidentExperts:
@@ -69,19 +83,20 @@ class ResidentExperts:
         top_k_weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         plan = self._plan(module)
-        if (
-            plan.math is None
-            or hidden_TD.dtype != module.down_proj.dtype
-            or top_k_index_TK.numel() > MAX_KERNEL_ROWS * module.num_experts
-            or (
-                torch.is_grad_enabled()
-                and any(t.requires_grad for t in (hidden_TD, top_k_weights_TK, module.down_proj))
-            )
-        ):
+        inputs = hidden_TD, top_k_index_TK, top_k_weights_TK
+        can_run = hidden_TD.dtype == module.down_proj.dtype and not (
+            torch.is_grad_enabled()
+            and any(t.requires_grad for t in (hidden_TD, top_k_weights_TK, module.down_proj))
+        )
+        if can_run and plan.grouped is not None:
+            grouped = plan.grouped
+            return grouped.kernel.run(*inputs, grouped.stacked, grouped.slots_E)[0]
+        num_rows = top_k_index_TK.numel()
+        if not can_run or plan.math is None or num_rows > MAX_KERNEL_ROWS * module.num_experts:
             # torch's grouped_mm knows no others; the family's own forward knows all.
             has_grouped_mm = module.down_proj.dtype in _GROUPED_MM_DTYPES
             forward = grouped_mm_experts_forward if has_grouped_mm else _own_forward
-            output: torch.Tensor = forward(module, hidden_TD, top_k_index_TK, top_k_weights_TK)
+            output: torch.Tensor = forward(module, *inputs)
             return output
         dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, len(plan.weights))
         if not dispatch.experts:
@@ -111,14 +126,29 @@ def _plan(module: nn.Module) -> _Plan:
     math = expert_math(module, Accumulator.FLOAT32)
     down: Any = module.down_proj
     if math is None:
-        return _Plan(None, f"{_FALLBACK} (parameters of other names)", _place(module), ())
+        return _Plan(f"{_FALLBACK} (parameters of other names)", _place(module))
+    if down.device.type == "cuda":
+        return _grouped_plan(module, math)
     chosen = fast_math(module, math, down.dtype, down.device)
     if not isinstance(chosen, FastMath):
-        fallback = _FALLBACK if down.dtype in _GROUPED_MM_DTYPES else "eager"
-        return _Plan(None, f"{fallback} ({chosen.reason})", _place(module), ())
+        return _Plan(_fallback(down.dtype, chosen.reason), _place(module))
     parameters = {name: module.get_parameter(name).detach() for name in (math.up_name, "down_proj")}
     if not all(value.is_contiguous() for value in parameters.values()):
-        return _Plan(None, f"{_FALLBACK} (weights that are not contiguous)", _place(module), ())
+        return _Plan(f"{_FALLBACK} (weights that are not contiguous)", _place(module))
     views = {name: value.unbind(0) for name, value in parameters.items()}
     weights = [{name: views[name][e] for name in views} for e in range(len(down))]
-    return _Plan(chosen, chosen.path, _place(module), weights)
+    return _Plan(chosen.path, _place(module), math=chosen, weights=weights)
+
+
+def _grouped_plan(module: nn.Module, math: ExpertMath) -> _Plan:
+    down = module.get_parameter("down_proj")
+    kernel = find_grouped(module, math, down.dtype, down.device)
+    if isinstance(kernel, str):
+        return _Plan(_fallback(down.dtype, kernel), _place(module))
+    stacked = {name: value.detach() for name, value in module.named_parameters(recurse=False)}
+    slots_E = torch.arange(len(down), dtype=torch.int32, device=down.device)
+    return _Plan(kernel.path, _place(module), grouped=_Grouped(kernel, stacked, slots_E))
+
+
+def _fallback(dtype: torch.dtype, reason: str) -> str:
+    return f"{_FALLBACK if dtype in _GROUPED_MM_DTYPES else 'eager'} ({reason})"

@@ -9,16 +9,17 @@ from typing import Any
 class Job:
     """One model and the memory for it.
 
-    `memory_bytes` is for weights and buffers, over what the process holds after its imports; None
-    is as much as it likes. `scratch` is a folder of the contestant's own, on the disk of the
-    checkpoint. `policy`, `predictor` and `exact` are load()'s. `replay` is a trace whose rows
-    take the place of the router's choice.
+    `memory_bytes` is for weights and buffers on `device`, on the CPU over what the process holds
+    after its imports; None is as much as it likes. `scratch` is a folder of the contestant's own,
+    on the disk of the checkpoint. `policy`, `predictor` and `exact` are load()'s. `replay` is a
+    trace whose rows take the place of the router's choice.
     """
 
     checkpoint: Path
     gguf: Path | None
     scratch: Path
     replay: Path | None
+    device: str
     dtype: str
     policy: str
     predictor: str

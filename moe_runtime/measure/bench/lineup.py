@@ -44,7 +44,7 @@ def _reason(peer: Contestant, residency: float, routing: Routing, no_gguf: str) 
         return f"{' and '.join(missing)} not installed: {peer.install}"
     if peer.needs_all_weights and residency < 1:
         return "runs with all weights in memory only; see --residency 100"
-    if peer.is_disk_only and residency >= 1:
+    if peer.is_offload_only and residency >= 1:
         return "with all weights in memory it is transformers itself"
     if not peer.replays_routing and routing.is_replayed:
         return "its router cannot be replaced; compare with --routing forced"

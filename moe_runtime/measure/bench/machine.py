@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from moe_runtime import __version__
 from moe_runtime.measure.processor import this_processor
 from moe_runtime.measure.software_checks import installed_version
 
-_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "llama-cpp-python", "gguf")
+_PACKAGES = (
+    "torch", "triton", "transformers", "accelerate", "deepspeed", "llama-cpp-python", "gguf",
+    "moe-policylang",
+)  # fmt: skip
 
 
-def describe_machine(folder: Path) -> dict[str, Any]:
-    """Facts for the report's head; `folder` is where the weights are."""
+def describe_machine(folder: Path, device: torch.device) -> dict[str, Any]:
+    """Facts for the report's head; `folder` is where the weights are. `gpu` is None on the CPU."""
     processor = this_processor()
     return {
         "cpu": processor.model,
@@ -25,6 +29,7 @@ def describe_machine(folder: Path) -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "kernel": platform.release(),
         "read_ahead_kib": _read_ahead_kib(folder),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }
 
 

@@ -54,7 +54,8 @@ def heading(report: Report) -> list[str]:
         + (f"; {model['remark']}" if model["remark"] else ""),
         f"machine: {machine['cpu']}, {machine['cores']} cores, "
         f"{format_bytes(machine['memory_bytes'])}, Linux {machine['kernel']}, "
-        f"read-ahead {_read_ahead(machine)}",
+        + (f"{machine['gpu']}, " if machine["gpu"] else "")
+        + f"read-ahead {_read_ahead(machine)}",
         f"versions: {versions}",
         f"commit: {report.commit or 'not a checkout'}",
     ]
@@ -63,7 +64,8 @@ def heading(report: Report) -> list[str]:
 def title(table: Table) -> str:
     """Residency, routing and memory in one line."""
     return (
-        f"{table.residency:.0%} of the weights in memory, {table.routing} routing, {_caps(table)}"
+        f"{100 * table.residency:g}% of the weights in {_memory(table)}, {table.routing} routing, "
+        f"{_caps(table)}"
     )
 
 
@@ -80,7 +82,7 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if row.bytes_read_per_token is None else _mb(row.bytes_read_per_token),
         "" if row.hit_rate is None else f"{row.hit_rate:.3f}",
         "" if peak is None else _gb(peak),
-        "none" if row.cap_bytes is None else _gb(row.cap_bytes),
+        _cap(row),
         str(row.num_tokens),
         outputs,
     )
@@ -92,8 +94,20 @@ def remarks(table: Table) -> list[str]:
     for row in table.rows:
         known = {"loaded", "repaired", "weights"} & row.facts.keys()
         lines += [f"{row.title}: {name} {row.facts[name]}" for name in sorted(known)]
+        if "device_bytes" in row.facts:
+            lines.append(f"{row.title}: {_gb(row.facts['device_bytes'])} on the GPU once loaded")
     lines.append(f"step with the experts as a no-op: {spread(table.no_experts_ms, 1)} ms")
     lines.append(f"other programs kept {table.other_cores:.2f} cores busy meanwhile")
+    if table.resident_ms is not None:
+        lines.append(
+            "step of transformers with all experts on the GPU, grouped_mm: "
+            f"{spread(table.resident_ms, 1)} ms"
+        )
+    if table.link_gbps is not None:
+        lines.append(
+            "copies of pinned memory over the link, right before and after our turns: "
+            f"{spread(table.link_gbps, 2)} GB/s"
+        )
     if table.direct_read_gbps is not None:
         settings = ", ".join(
             f"{one['blocks_at_a_time']} x {one['block_bytes'] / 2**20:.0f} MiB {one['gbps']:.2f}"
@@ -113,7 +127,7 @@ def remarks(table: Table) -> list[str]:
         )
     if table.ceiling is not None:
         lines.append(
-            f"ceiling, what disk and dense layers alone would take: "
+            f"ceiling, what {_limits(table)} alone would take: "
             f"{spread(table.ceiling.ms_per_token, 1)} ms; moe_runtime takes "
             f"{spread(table.ceiling.ratio, 2)} times that"
         )
@@ -148,11 +162,27 @@ def spread(found: Spread, digits: int) -> str:
     return f"{median} ({low} to {high})"
 
 
+def _cap(row: Row) -> str:
+    if "device_bytes" in row.facts:
+        return ""  # of the GPU's memory, and the same for all: the title says it
+    return "none" if row.cap_bytes is None else _gb(row.cap_bytes)
+
+
+def _memory(table: Table) -> str:
+    return "memory" if table.device == "cpu" else f"the memory of {table.device}"
+
+
+def _limits(table: Table) -> str:
+    return "disk and dense layers" if table.device == "cpu" else "the link and a resident step"
+
+
 def _caps(table: Table) -> str:
     if table.caps is Caps.NOT_NEEDED:
         return "no caps, as nobody needs one"
     if table.caps is Caps.IMPOSSIBLE:
         return "no caps, as none can be set"
+    if table.device != "cpu":
+        return f"torch's allocator capped at {_gb(table.weight_bytes)} and a little for activations"
     over = "its own memory" if table.totals == "weights" else "the largest own memory, for all"
     return f"capped at {_gb(table.weight_bytes)} + {over}"
 

@@ -9,14 +9,18 @@ import psutil
 
 from moe_runtime.errors import BudgetError
 from moe_runtime.expert_memory import format_bytes
+from moe_runtime.integrations.transformers.budget import device_available_bytes
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.measure.bench.disk_rate import DiskRate
+from moe_runtime.measure.bench.link_rate import LinkRate
 from moe_runtime.measure.bench.memory_group import memory_groups
 from moe_runtime.measure.bench.one_table import Found, OneTable
 from moe_runtime.measure.bench.report import Comparison, Table
 from moe_runtime.measure.bench.rounds import Schedule, take_turns
 from moe_runtime.measure.bench.settings import Progress, Settings
 from moe_runtime.measure.inspection import Inspection, inspect_model
+from moe_runtime.measure.peers.device_memory import SLACK_BYTES
+from moe_runtime.measure.probe.gpu_rate import gpu_device
 from moe_runtime.measure.random_read import RandomReads
 
 # transformers holds every weight, and a little more.
@@ -33,7 +37,7 @@ def run_offload_benchmark(
     BudgetError when the machine cannot hold the references, which need all weights.
     """
     inspection = inspect_model(settings.checkpoint)
-    _check_memory(inspection, len(settings.routings))
+    _check_memory(inspection, settings)
     tables, comparisons = [], []
     for residency in settings.residencies:
         found = _measure(
@@ -43,7 +47,7 @@ def run_offload_benchmark(
             ],
             settings,
             progress,
-            reads_disk=residency < 1,
+            is_short=residency < 1,
         )
         tables += [one.table for one in found]
         comparisons += [
@@ -55,7 +59,7 @@ def run_offload_benchmark(
 
 
 def _measure(
-    tables: list[OneTable], settings: Settings, progress: Progress, *, reads_disk: bool
+    tables: list[OneTable], settings: Settings, progress: Progress, *, is_short: bool
 ) -> list[Found]:
     config = resolve_model(settings.checkpoint).config.get_text_config()
     schedule = Schedule.of(
@@ -66,17 +70,20 @@ def _measure(
     )
     with ExitStack() as stack:
         # Groups can go once the processes in them have ended, so they are opened first.
-        groups = stack.enter_context(memory_groups())
+        is_on_cpu = settings.device.type == "cpu"
+        groups = stack.enter_context(memory_groups()) if is_on_cpu else None
         lanes = [lane for table in tables for lane in table.start(stack, groups, schedule)]
-        disk = None
-        if reads_disk:
+        rate: DiskRate | LinkRate | None = None
+        if is_short and not is_on_cpu:
+            rate = LinkRate(gpu_device(settings.device.index or 0, None))
+        elif is_short:
             files = sorted(settings.checkpoint.glob("*.safetensors"))
             reads = stack.enter_context(RandomReads(files))
             # Without O_DIRECT the rate says nothing of what a miss costs: no ceiling then.
             if reads.is_direct:
-                disk = DiskRate(reads, num_trial_rounds=schedule.first_counted)
+                rate = DiskRate(reads, num_trial_rounds=schedule.first_counted)
         progress.on_stage(f"{schedule.num_rounds} rounds")
-        measured = take_turns(lanes, schedule, disk, progress.on_round)
+        measured = take_turns(lanes, schedule, rate, progress.on_round)
         return [table.finish(measured) for table in tables]
 
 
@@ -113,12 +120,18 @@ def _compare(first: Found, second: Found, residency: float) -> Comparison | None
     )
 
 
-def _check_memory(inspection: Inspection, num_routings: int) -> None:
+def _check_memory(inspection: Inspection, settings: Settings) -> None:
+    num_routings = len(settings.routings)
     needed = num_routings * (inspection.checkpoint_bytes + _REFERENCE_BYTES)
     free = psutil.virtual_memory().available
+    if settings.device.type != "cpu":
+        # Beside the reference, everybody's share is there at the same time.
+        share = max(settings.residencies) * inspection.checkpoint_bytes + SLACK_BYTES
+        needed += int(num_routings * (1 + len(settings.peers)) * share)
+        free = device_available_bytes(settings.device)
     if needed > free:
         raise BudgetError(
-            "the reference, unmodified transformers for each routing, needs about "
-            f"{format_bytes(needed)} and {format_bytes(free)} are free; take fewer --layers, or "
-            "end other programs"
+            "the reference, unmodified transformers for each routing, and who is beside it need "
+            f"about {format_bytes(needed)} and {format_bytes(free)} are free on {settings.device}; "
+            "take fewer --layers or --peers, or end other programs"
         )

@@ -26,6 +26,9 @@ from moe_runtime.trace import Trace
 
 _REFERENCE_VARIANT = "eager"
 _NO_EXPERTS = "no_experts"
+# What a step takes on a GPU that lacks no expert: the reference, in its fastest way.
+_RESIDENT = "resident"
+_RESIDENT_VARIANT = "grouped_mm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,8 @@ class OneTable:
     @property
     def num_lanes(self) -> int:
         """How many take turns if all of them can."""
-        return 1 + sum(len(one.variants) for one in self._lineup.starting)
+        num_own = 1 if self._is_on_cpu else 2  # of the reference
+        return num_own + sum(len(one.variants) for one in self._lineup.starting)
 
     def start(
         self, stack: ExitStack, groups: MemoryGroups | None, schedule: Schedule
@@ -85,8 +89,10 @@ class OneTable:
             top_k=self._inspection.top_k,
         )
         weight_bytes = int(self._residency * self._inspection.checkpoint_bytes)
-        if self._residency < 1:
+        if self._residency < 1 and self._is_on_cpu:
             self._caps = Caps.IMPOSSIBLE if groups is None else Caps.ENFORCED
+        elif self._residency < 1:
+            self._caps = Caps.ENFORCED  # by each contestant's allocator
         sitting = self._sitting = stack.enter_context(
             Sitting(
                 self._job(),
@@ -106,14 +112,21 @@ class OneTable:
             for variant in seat.contestant.variants
             if self._gates[seat.contestant.row_name(variant)].is_green
         ]
-        return [*lanes, self._lane(_NO_EXPERTS, sitting.reference, _NO_EXPERTS)]
+        lanes.append(self._lane(_NO_EXPERTS, sitting.reference, _NO_EXPERTS))
+        if not self._is_on_cpu:
+            lanes.append(self._lane(_RESIDENT, sitting.reference, _RESIDENT_VARIANT))
+        return lanes
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self._settings.device.type == "cpu"
 
     def _lane(self, name: str, process: ContestantProcess, variant: str) -> Lane:
         return Lane(
             name=self._lane_name(name),
             process=process,
             variant=variant,
-            reads_disk=self._residency < 1 and name != _NO_EXPERTS,
+            reads_disk=self._is_on_cpu and self._residency < 1 and name != _NO_EXPERTS,
             is_rated=self._residency < 1 and name == OURS.name,
         )
 
@@ -126,6 +139,7 @@ class OneTable:
             gguf=None if self._settings.gguf is None else self._settings.gguf.resolve(),
             scratch=self._settings.work_folder.resolve(),
             replay=None,
+            device=str(self._settings.device),
             dtype=self._inspection.dtype,
             policy=self._settings.policy,
             predictor=self._settings.predictor,
@@ -140,8 +154,9 @@ class OneTable:
         sitting, schedule = self._sitting, self._schedule
         assert sitting is not None, "start() comes first"
         measured = measured.part(self._lane_name(""))
-        if _NO_EXPERTS in measured.failures:
-            raise measured.failures[_NO_EXPERTS]
+        for name in (_NO_EXPERTS, _RESIDENT):
+            if name in measured.failures:
+                raise measured.failures[name]
         counted = {name: turns[schedule.first_counted :] for name, turns in measured.turns.items()}
         rows = self._rows_of(sitting, measured, counted)
         ours, seat = measured.turns.get(OURS.name), sitting.seats.get(OURS.name)
@@ -151,11 +166,12 @@ class OneTable:
             if rates:
                 ceiling = ceiling_of(
                     counted[OURS.name],
-                    counted[_NO_EXPERTS],
+                    counted[_NO_EXPERTS if self._is_on_cpu else _RESIDENT],
                     rates,
                     slot_bytes=seat.facts["slot_bytes"],
                 )
             prediction = self._prediction(ours, seat, mean_ms(counted[_NO_EXPERTS]), rates)
+        rate = Spread.of(rates) if rates else None
         table = Table(
             residency=self._residency,
             routing=self._routing.name,
@@ -164,8 +180,11 @@ class OneTable:
             weight_bytes=int(min(self._residency, 1.0) * self._inspection.checkpoint_bytes),
             rows=rows,
             no_experts_ms=Spread.of([turn.mean_ms for turn in counted[_NO_EXPERTS]]),
-            direct_read_gbps=Spread.of(rates) if rates else None,
-            direct_reads=measured.direct_reads,
+            device=str(self._settings.device),
+            resident_ms=self._spread(counted, _RESIDENT),
+            direct_read_gbps=rate if self._is_on_cpu else None,
+            direct_reads=measured.rate_settings if self._is_on_cpu else [],
+            link_gbps=None if self._is_on_cpu else rate,
             ceiling=ceiling,
             prediction=prediction,
             num_rounds=schedule.num_rounds,
@@ -237,8 +256,10 @@ class OneTable:
         rates_gbps: list[float],
     ) -> Prediction | None:
         rows: Trace | None = self._rows
-        # Reads ahead depend on time, and the simulator's counts are of demand alone.
-        if rows is None or self._residency >= 1 or self._settings.predictor != "off":
+        # Reads ahead depend on time, and the simulator's counts are of demand alone; on a GPU a
+        # miss may go to the CPU, which no simulator plays.
+        is_counted = self._is_on_cpu and self._settings.predictor == "off"
+        if rows is None or self._residency >= 1 or not is_counted:
             return None
         hits, misses = simulated_counts(
             rows,
@@ -259,5 +280,11 @@ class OneTable:
             ),
         )
 
+    @staticmethod
+    def _spread(counted: dict[str, list[Turn]], name: str) -> Spread | None:
+        turns = counted.get(name)
+        return None if turns is None else Spread.of([turn.mean_ms for turn in turns])
+
     def _say(self, stage: str) -> None:
-        self._progress.on_stage(f"{self._residency:.0%}, {self._routing.name} routing: {stage}")
+        share = f"{100 * self._residency:g}%"
+        self._progress.on_stage(f"{share}, {self._routing.name} routing: {stage}")

@@ -98,13 +98,17 @@ class _Contestant:
                 policy=request.policy,
                 predictor=request.predictor if is_ours else "off",
                 warm_start=False,
+                device_map="cpu",
             )
         self.owner: Handle = handle(self.model)
+        engine = self.owner.engine
+        assert isinstance(engine, ExpertEngine), "on the CPU"
+        self._engine = engine
         self.replay = RoutingReplay(self.model, request.trace)
         piece_share = min(1.0, CHUNK_BYTES / self.owner.budget.slot_bytes)
         if not is_ours:
             gate = BenefitGate(piece_share)
-            foresight = Foresight(self.owner.engine, _foreteller(request, self), gate)
+            foresight = Foresight(self._engine, _foreteller(request, self), gate)
             attach(self.model, self.owner, foresight)
         if self.owner.foresight is None:
             raise PredictorError(self.owner.report()["prediction"]["why"])
@@ -119,14 +123,14 @@ class _Contestant:
         """Decode rows from `first` on, with prediction or without; returns what they took."""
         ids = _token_ids(self._trace, first, count, self._vocab)
         self._switch.is_open = is_on
-        before = _Counted.of(self.owner.engine)
+        before = _Counted.of(self._engine)
         started = time.perf_counter()
         for token in ids:
             self.model(
                 input_ids=torch.tensor([[token]]), past_key_values=self._cache, use_cache=True
             )
         seconds = time.perf_counter() - started
-        found = _Counted.of(self.owner.engine)
+        found = _Counted.of(self._engine)
         found.add(before, -1)
         found.seconds = seconds
         return found

@@ -56,10 +56,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceiling:
-    """What the disk and the dense layers alone would take.
+    """What the disk and the dense layers alone would take; or a GPU's link, and a resident step.
 
-    Bytes missed over the rate of direct reads right before and after the same turn, plus the step
-    with the experts as a no-op: no read hides behind dense time.
+    Bytes missed over the rate of direct reads, or of pinned copies, right before and after the same
+    turn; plus the step with the experts as a no-op, on a GPU with all of them there: nothing hides
+    behind other time.
     """
 
     ms_per_token: Spread
@@ -89,8 +90,11 @@ class Table:
     weight_bytes: int
     rows: list[Row]
     no_experts_ms: Spread
-    direct_read_gbps: Spread | None  # beside our counted turns
+    device: str
+    resident_ms: Spread | None  # on a GPU: transformers with all experts there
+    direct_read_gbps: Spread | None  # on the CPU, beside our counted turns
     direct_reads: list[dict[str, Any]]  # medians by setting
+    link_gbps: Spread | None  # on a GPU: copies of pinned memory beside our counted turns
     ceiling: Ceiling | None
     prediction: Prediction | None
     num_rounds: int

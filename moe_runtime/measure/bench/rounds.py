@@ -11,6 +11,7 @@ import psutil
 from moe_runtime.errors import ContestantError
 from moe_runtime.measure.bench.contestant_process import ContestantProcess, Turn
 from moe_runtime.measure.bench.disk_rate import DiskRate
+from moe_runtime.measure.bench.link_rate import LinkRate
 
 # A shared disk grants bursts: what reads first after a pause is served faster. So everything that
 # reads the disk starts after the same pause, and raw reads before and after a turn last half as
@@ -69,7 +70,8 @@ class Schedule:
 class Lane:
     """One row of the table while it is measured: a process, and what it is told to be.
 
-    The turns of a lane that `is_rated` are held against the disk's rate.
+    The turns of a lane that `is_rated` are held against the rate of the disk, or of the link to the
+    GPU.
     """
 
     name: str
@@ -86,7 +88,7 @@ class Measured:
     turns: dict[str, list[Turn]] = field(default_factory=dict)
     failures: dict[str, ContestantError] = field(default_factory=dict)
     rates_gbps: dict[str, list[float]] = field(default_factory=dict)
-    direct_reads: list[dict[str, Any]] = field(default_factory=list)  # by setting
+    rate_settings: list[dict[str, Any]] = field(default_factory=list)  # what read, and its median
     other_cores: float = 0.0  # that other programs kept busy meanwhile, on average
 
     def fail(self, lane: str, error: ContestantError) -> None:
@@ -106,7 +108,7 @@ class Measured:
 def take_turns(
     lanes: Sequence[Lane],
     schedule: Schedule,
-    disk: DiskRate | None,
+    rate: DiskRate | LinkRate | None,
     on_round: Callable[[int, int], None],
 ) -> Measured:
     """Each lane decodes each round's tokens, the others asleep; the order moves on every round.
@@ -123,16 +125,16 @@ def take_turns(
             if lane.name in found.failures:
                 continue
             try:
-                if lane.is_rated and disk is not None:
-                    _take_rated_turn(lane, schedule, index, disk, found)
+                if lane.is_rated and rate is not None:
+                    _take_rated_turn(lane, schedule, index, rate, found)
                 else:
                     found.turns[lane.name].append(_take_turn(lane, schedule, index))
             except ContestantError as error:
                 found.fail(lane.name, error)
     others = _busy_seconds(processes) - busy_before
     found.other_cores = max(0.0, others / (time.monotonic() - start))
-    if disk is not None:
-        found.direct_reads = disk.as_list()
+    if rate is not None:
+        found.rate_settings = rate.as_list()
     return found
 
 
@@ -148,17 +150,17 @@ def _take_turn(lane: Lane, schedule: Schedule, index: int) -> Turn:
 
 
 def _take_rated_turn(
-    lane: Lane, schedule: Schedule, index: int, disk: DiskRate, found: Measured
+    lane: Lane, schedule: Schedule, index: int, rate: DiskRate | LinkRate, found: Measured
 ) -> None:
-    """Reads, the turn, reads: the disk's rate drifts, and the mean of both sides is the turn's."""
+    """Reads, the turn, reads: a rate drifts, and the mean of both sides is the turn's."""
     turns = found.turns[lane.name]
     half_seconds = sum(turns[-1].milliseconds) / 2e3 if turns else 0.0
     half_seconds = min(max(half_seconds, _FEWEST_RATE_SECONDS), _MOST_RATE_SECONDS)
     time.sleep(_PAUSE_SECONDS)
-    before_bytes, before_seconds = disk.read(index, half_seconds)
+    before_bytes, before_seconds = rate.read(index, half_seconds)
     turns.append(_take_turn(lane, schedule, index))
     time.sleep(_PAUSE_SECONDS)
-    after_bytes, after_seconds = disk.read(index, half_seconds)
+    after_bytes, after_seconds = rate.read(index, half_seconds)
     rate_gbps = (before_bytes + after_bytes) / (before_seconds + after_seconds) / 1e9
     found.rates_gbps.setdefault(lane.name, []).append(rate_gbps)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_runtime.integrations.transformers.device import single_device
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.measure.bench.machine import describe_machine, describe_versions, git_commit
 from moe_runtime.measure.bench.model import make_checkpoint, make_gguf
@@ -13,16 +14,21 @@ from moe_runtime.measure.bench.routing import read_routings
 from moe_runtime.measure.bench.settings import Progress, Settings
 from moe_runtime.measure.peers.catalog import choose_peers
 
+_RESIDENCIES = {"cpu": (1.0, 0.65, 0.35), "cuda": (1.0, 0.5, 0.25, 0.125)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What was asked for. `model` is a checkpoint; without one, one is made with shapes `like`."""
+    """What was asked for. `model` is a checkpoint; without one, one is made with shapes `like`.
+
+    `device` None is a GPU if there is one; `residencies` None are those that suit the device."""
 
     command: str
+    device: str | None = None
     like: str
     num_layers: int | None
     model: str | None
-    residencies: tuple[float, ...]
+    residencies: tuple[float, ...] | None
     routing: str
     peers: str
     equal_totals: bool
@@ -39,7 +45,8 @@ def run(request: Request, progress: Progress, on_bytes: Callable[[str, int, int]
 
     What is wrong with the request raises before anything is written.
     """
-    peers = choose_peers(request.peers)
+    device = single_device(request.device)
+    peers = choose_peers(request.peers, device.type)
     routings = read_routings(request.routing)
     try:
         request.work_folder.mkdir(parents=True, exist_ok=True)
@@ -65,11 +72,12 @@ def run(request: Request, progress: Progress, on_bytes: Callable[[str, int, int]
         lambda done, total: on_bytes("GGUF", done, total),
     )
     settings = Settings(
+        device=device,
         checkpoint=checkpoint,
         gguf=gguf,
         no_gguf=no_gguf,
         work_folder=request.work_folder,
-        residencies=request.residencies,
+        residencies=request.residencies or _RESIDENCIES[device.type],
         routings=routings,
         peers=peers,
         num_steps=request.num_steps,
@@ -82,7 +90,7 @@ def run(request: Request, progress: Progress, on_bytes: Callable[[str, int, int]
     tables, comparisons = run_offload_benchmark(settings, progress)
     return Report(
         command=request.command,
-        machine=describe_machine(checkpoint),
+        machine=describe_machine(checkpoint, device),
         versions=describe_versions(),
         commit=git_commit(),
         model={**describe_model(checkpoint), "remark": remark},

@@ -4,17 +4,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from moe_runtime.measure.bench.routing import Routing
 from moe_runtime.measure.peers.catalog import Contestant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What to run. `num_steps` are tokens a contestant and table, `seconds` a table's rounds.
+    """What to run. Contestants compute on `device`, whose memory is what they lack.
+
+    `num_steps` are tokens a contestant and table, `seconds` a table's rounds.
 
     `no_gguf` says why `gguf` is None.
     """
 
+    device: torch.device
     checkpoint: Path
     gguf: Path | None
     no_gguf: str

@@ -160,7 +160,7 @@ class Sitting:
         except ContestantError as error:
             seat.process.close()
             # Only what keeps experts on disk may hold less later than while it loads.
-            if not error.is_memory or not seat.contestant.is_disk_only:
+            if not error.is_memory or not seat.contestant.is_offload_only:
                 raise
         self._on_stage(f"loading {seat.contestant.title} again, without a cap until it has loaded")
         again = self._open(seat.contestant)

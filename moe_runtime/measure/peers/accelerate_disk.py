@@ -21,7 +21,7 @@ def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
     config = AutoConfig.from_pretrained(job.checkpoint, local_files_only=True)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    device_map = experts_on_disk(skeleton)
+    device_map = experts_on(skeleton, "disk", rest="cpu")
     with quiet_transformers(lambda done, total: None):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             job.checkpoint,
@@ -34,18 +34,18 @@ def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
     return Decoder(model, job), {"experts": _EXPERTS_IMPLEMENTATION}
 
 
-def experts_on_disk(model: nn.Module) -> dict[str, str]:
-    """A device map with every experts module on disk and all else on the CPU."""
+def experts_on(model: nn.Module, place: str, *, rest: str) -> dict[str, str]:
+    """A device map with every experts module on `place` and all else on `rest`."""
     experts = {site.name for site in find_sites(model)}
 
     def places(name: str, module: nn.Module) -> dict[str, str]:
         if name in experts:
-            return {name: "disk"}
+            return {name: place}
         prefix = f"{name}." if name else ""
         if not any(inner.startswith(prefix) for inner in experts):
-            return {name: "cpu"}
+            return {name: rest}
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        found = {prefix + parameter: "cpu" for parameter, _ in own}
+        found = {prefix + parameter: rest for parameter, _ in own}
         for child, inside in module.named_children():
             found |= places(prefix + child, inside)
         return found

@@ -13,8 +13,8 @@ class Contestant:
     """One row of the table. `variants` of one contestant live in one process.
 
     `tolerance` is for the gate, 0 for equal bits. `needs_all_weights` in memory means no row below
-    100 %, and `is_disk_only` none at 100 %. `memory_per_weight` is the most that it takes without a
-    cap, in bytes per byte of the checkpoint.
+    100 %, and `is_offload_only` none at 100 %. `memory_per_weight` is the most that it takes in
+    host memory without a cap, in bytes per byte of the checkpoint.
     """
 
     name: str
@@ -25,7 +25,7 @@ class Contestant:
     variants: tuple[str, ...] = ("",)
     tolerance: float = 0.0
     needs_all_weights: bool = False
-    is_disk_only: bool = False
+    is_offload_only: bool = False
     replays_routing: bool = True
     reads_gguf: bool = False
     memory_per_weight: float = 1.1
@@ -59,7 +59,7 @@ PEERS = {
             module="accelerate_disk",
             packages=("accelerate",),
             install="pip install accelerate",
-            is_disk_only=True,
+            is_offload_only=True,
         ),
         Contestant(
             name="deepspeed",
@@ -84,16 +84,49 @@ PEERS = {
 }
 
 
-def choose_peers(names: str) -> list[Contestant]:
+# Where weights that a GPU lacks are in host memory.
+GPU_PEERS = {
+    peer.name: peer
+    for peer in (
+        PEERS["transformers"],
+        Contestant(
+            name="accelerate",
+            title="accelerate, experts in CPU memory",
+            module="accelerate_host",
+            packages=("accelerate",),
+            install="pip install accelerate",
+            tolerance=_OTHER_ORDER,
+            is_offload_only=True,
+        ),
+        PEERS["deepspeed"],
+        Contestant(
+            name="moe-policylang",
+            title="moe-policylang, LRU",
+            module="policylang",
+            packages=("moe_policylang",),
+            install="pip install 'moe-policylang[gpu]'",
+            tolerance=_OTHER_ORDER,
+        ),
+    )
+}
+
+
+def peers_on(device_type: str) -> dict[str, Contestant]:
+    """Who can take part where the model computes on a `cpu` or on `cuda`."""
+    return PEERS if device_type == "cpu" else GPU_PEERS
+
+
+def choose_peers(names: str, device_type: str) -> list[Contestant]:
     """`all`, `none`, or names by commas, in the order of the catalog."""
+    peers = peers_on(device_type)
     if names == "all":
-        return list(PEERS.values())
+        return list(peers.values())
     if names == "none":
         return []
     chosen = [name.strip() for name in names.split(",")]
-    unknown = [name for name in chosen if name not in PEERS]
+    unknown = [name for name in chosen if name not in peers]
     if unknown:
         raise ValueError(
-            f"peer {unknown[0]!r} is unknown; choose all, none, or from {', '.join(PEERS)}"
+            f"peer {unknown[0]!r} is unknown; choose all, none, or from {', '.join(peers)}"
         )
-    return [peer for peer in PEERS.values() if peer.name in chosen]
+    return [peer for peer in peers.values() if peer.name in chosen]

@@ -27,6 +27,7 @@ class Decoder:
         count: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self._model = model
+        self._device = torch.device(job.device)
         self._choose = choose
         self._count = count
         self._replay = None
@@ -43,11 +44,14 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, token: int) -> None:
-        output = self._model(torch.tensor([[token]]), past_key_values=self._cache, use_cache=True)
+        tokens = torch.tensor([[token]], device=self._device)
+        output = self._model(tokens, past_key_values=self._cache, use_cache=True)
         self._logits_V = output.logits[0, -1]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # sync: a step is over when its logits are there
 
     def logits(self) -> npt.NDArray[np.float32]:
-        found: npt.NDArray[np.float32] = self._logits_V.float().numpy()
+        found: npt.NDArray[np.float32] = self._logits_V.float().cpu().numpy()
         return found
 
     def counters(self) -> dict[str, int]:

@@ -12,42 +12,56 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.measure.bench.job import Job
 from moe_runtime.measure.peers.decoder import Decoder
-
-_CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "bf16": {"enabled": True},
-    "zero_optimization": {
-        "stage": 3,
-        "offload_param": {"device": "cpu", "pin_memory": False},
-    },
-}
+from moe_runtime.measure.peers.device_memory import cap_device_memory, device_facts
 
 
 def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
     """One rank; every module's parameters are gathered before it runs and let go after."""
-    _join_a_world_of_one()
+    device = cap_device_memory(job)
+    _join_a_world_of_one(device)
+    config = _config(device)
     dtype = getattr(torch, job.dtype)
-    keep = HfDeepSpeedConfig(_CONFIG)  # transformers looks for it while it loads
+    keep = HfDeepSpeedConfig(config)  # transformers looks for it while it loads
     with quiet_transformers(lambda done, total: None):
         model = AutoModelForCausalLM.from_pretrained(
             job.checkpoint, dtype=dtype, experts_implementation="eager", local_files_only=True
         )
     del keep
-    engine = deepspeed.initialize(model=model, config=_CONFIG)[0]
+    engine = deepspeed.initialize(model=model, config=config)[0]
     engine.module.eval()
     _repair_rotary_frequencies(engine.module)
-    facts = {"repaired": "rotary inv_freq, which ZeRO-3 casts to bfloat16"}
+    facts = {
+        "repaired": "rotary inv_freq, which ZeRO-3 casts to bfloat16",
+        **device_facts(device),
+    }
     return Decoder(engine.module, job), facts
 
 
-def _join_a_world_of_one() -> None:
+def _config(device: torch.device) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu", "pin_memory": device.type == "cuda"},
+        },
+    }
+
+
+def _join_a_world_of_one(device: torch.device) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.update(
         RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
 
 
 def _repair_rotary_frequencies(model: PreTrainedModel) -> None:

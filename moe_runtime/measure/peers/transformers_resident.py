@@ -9,6 +9,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.measure.bench.job import Job
 from moe_runtime.measure.peers.decoder import Decoder
+from moe_runtime.measure.peers.device_memory import device_facts
 
 NO_EXPERTS = "no_experts"
 
@@ -23,7 +24,9 @@ def load(job: Job) -> tuple[Decoder, dict[str, Any]]:
             experts_implementation="eager",
             local_files_only=True,
         )
-    return Decoder(model, job, choose=model.set_experts_implementation), {}
+    device = torch.device(job.device)
+    model.to(device)  # type: ignore[arg-type]  # PreTrainedModel.to is mistyped
+    return Decoder(model, job, choose=model.set_experts_implementation), device_facts(device)
 
 
 def _no_experts(

@@ -48,10 +48,11 @@ class GpuDevice:
 
 def gpu_devices(nvml: Nvml | None) -> list[GpuDevice]:
     """The GPUs that torch sees; none where torch is built without CUDA."""
-    return [_gpu_device(index, nvml) for index in range(torch.cuda.device_count())]
+    return [gpu_device(index, nvml) for index in range(torch.cuda.device_count())]
 
 
-def _gpu_device(index: int, nvml: Nvml | None) -> GpuDevice:
+def gpu_device(index: int, nvml: Nvml | None) -> GpuDevice:
+    """One of the GPUs that torch sees."""
     properties: Any = torch.cuda.get_device_properties(index)
     device = torch.device("cuda", index)
     return GpuDevice(

@@ -45,11 +45,11 @@ def test_llama_cpp_cannot_replay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peers_are_chosen_by_name() -> None:
-    assert choose_peers("none") == []
-    assert choose_peers("all") == list(PEERS.values())
-    assert [peer.name for peer in choose_peers("llama.cpp, accelerate")] == [
+    assert choose_peers("none", "cpu") == []
+    assert choose_peers("all", "cpu") == list(PEERS.values())
+    assert [peer.name for peer in choose_peers("llama.cpp, accelerate", "cpu")] == [
         "accelerate",
         "llama.cpp",
     ]
     with pytest.raises(ValueError, match=r"'vllm' is unknown; choose all, none, or from transf"):
-        choose_peers("vllm")
+        choose_peers("vllm", "cpu")

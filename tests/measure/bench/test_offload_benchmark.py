@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from moe_runtime.errors import ContestantError
@@ -53,6 +54,7 @@ def run(
 ) -> tuple[list[Table], list[Comparison]]:
     return run_offload_benchmark(
         Settings(
+            device=torch.device("cpu"),
             checkpoint=checkpoint,
             gguf=None,
             no_gguf="not made",
@@ -188,6 +190,7 @@ def test_a_contestant_that_fails_says_why(tmp_path: Path) -> None:
 
 def job(checkpoint: Path, scratch: Path, **changes: Any) -> Job:
     return Job(
+        device="cpu",
         checkpoint=checkpoint,
         gguf=None,
         scratch=scratch,

@@ -1,0 +1,65 @@
+"""Experts in host memory, from where the device copies them and the CPU computes them."""
+
+import torch
+
+from moe_runtime.memory.disk import Blob
+from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.pinned_memory import PinnedMemory
+from moe_runtime.memory.stream import Event, Streams
+
+
+class PinnedSlots:
+    """`num_slots` blobs of `slot_bytes` in one slab; knows which of them copies still read."""
+
+    def __init__(self, num_slots: int, slot_bytes: int, streams: Streams) -> None:
+        self.num_slots = num_slots
+        self.slot_bytes = slot_bytes
+        self._memory = PinnedMemory(num_slots * slot_bytes, streams)
+        self._copies: list[list[Event]] = [[] for _ in range(num_slots)]
+        self._views: dict[tuple[int, ExpertLayout], dict[str, torch.Tensor]] = {}
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the memory is not pinned; None if it is."""
+        return self._memory.refusal
+
+    def bytes(self, slot: int) -> torch.Tensor:
+        """What a copy to the device reads."""
+        return self._memory.bytes[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
+
+    def blob(self, slot: int) -> Blob:
+        """What a read from disk fills, once the slot is free."""
+        blob: Blob = self.bytes(slot).numpy()
+        return blob
+
+    def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
+        """The parameters in `slot`, by name; valid until the slot is reused."""
+        found = self._views.get((slot, layout))
+        if found is None:
+            found = self._views[slot, layout] = layout.views(self.bytes(slot))
+        return found
+
+    def mark_copy(self, slot: int, copied: Event) -> None:
+        """A copy that ends with `copied` reads the slot."""
+        self.is_free(slot)  # forgets the copies that are over
+        self._copies[slot].append(copied)
+
+    def is_free(self, slot: int) -> bool:
+        """Whether the slot may be written now. Never blocks."""
+        self._copies[slot] = [copy for copy in self._copies[slot] if not copy.is_done()]
+        return not self._copies[slot]
+
+    def wait_free(self, slot: int) -> None:
+        """Block until the slot may be written."""
+        for copied in self._copies[slot]:
+            copied.wait()  # sync: the disk would write where a copy still reads
+        self._copies[slot] = []
+
+    def poison(self, slot: int) -> None:
+        """Fill the slot with NaN bytes, so that using it before it is read shows."""
+        self.blob(slot).fill(0xFF)
+
+    def close(self) -> None:
+        """Free the memory; views die with it."""
+        self._views.clear()
+        self._memory.close()

@@ -1,0 +1,179 @@
+"""Experts behind a TieredEngine over fakes, beside the weights that they must equal."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from moe_runtime.cache.lfu import LFUPolicy
+from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.engine import Weights
+from moe_runtime.expert import ExpertKey
+from moe_runtime.grouped_experts import GroupedExperts
+from moe_runtime.kernels.gate import Gate
+from moe_runtime.kernels.launch import is_interpreted
+from moe_runtime.kernels.product import product_kernel
+from moe_runtime.layer import ExpertMath
+from moe_runtime.memory.device_slots import DeviceSlots
+from moe_runtime.memory.disk import Blob
+from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.pinned_slots import PinnedSlots
+from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
+from moe_runtime.scheduling.miss_plan import MissWay
+from moe_runtime.scheduling.miss_planner import MissPlanner
+from moe_runtime.tiered_engine import TieredEngine
+from moe_runtime.tiered_layer import TieredLayers
+from moe_runtime.tiered_math import TieredMath
+from tests.fake_streams import FakeMachine, FakeSource, FakeStreams
+from tests.honest_experts import honest_forward, parameter_shapes, random_math, random_routing
+
+# T tokens, D model dim
+
+MODEL_DIM, FFN_DIM = 8, 12
+NUM_LAYERS = 3
+# Those of a GPU are in tests/integrations/test_tiers_on_gpu.py.
+needs_interpreter = pytest.mark.skipif(
+    not is_interpreted(product_kernel), reason="Triton does not compute on CPU tensors here"
+)
+# Sums of a dozen products of float32 in another order.
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Forward:
+    """One forward of one layer: inputs, what must come out, and what came."""
+
+    layer: int
+    hidden_TD: torch.Tensor
+    index_TK: torch.Tensor
+    scores_TK: torch.Tensor
+    expected_TD: torch.Tensor
+    found_TD: torch.Tensor | None = None
+
+
+@dataclass
+class TieredWorld:
+    """A small model: `maths[layer]`, `weights[layer][expert]`, and the blobs of the disk."""
+
+    rng: random.Random
+    dtype: torch.dtype = torch.float32
+    maths: list[ExpertMath] = field(init=False)
+    weights: list[list[Weights]] = field(init=False)
+    tensor_map: TensorMap = field(init=False)
+    blobs: dict[ExpertKey, Blob] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.rng.randrange(2**31))
+        self.maths, self.weights, self.blobs, layers = [], [], {}, []
+        for layer in range(NUM_LAYERS):
+            math, num_experts = random_math(self.rng), self.rng.randint(2, 6)
+            shapes = parameter_shapes(math, MODEL_DIM, FFN_DIM)
+            layout = ExpertLayout.pack([(n, s, self.dtype) for n, s in shapes.items()])
+            layers.append(LayerExperts(num_experts, layout, {}))
+            self.maths.append(math)
+            self.weights.append([])
+            for expert in range(num_experts):
+                weights = {
+                    name: torch.randn(shape, generator=self.generator).to(self.dtype)
+                    for name, shape in shapes.items()
+                }
+                blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+                for name, view in layout.views(blob).items():
+                    view.copy_(weights[name])
+                self.weights[layer].append(weights)
+                self.blobs[ExpertKey(layer, expert)] = blob.numpy()
+        self.tensor_map = TensorMap(layers)
+
+    def torch_maths(self) -> list[TieredMath]:
+        """One expert after the other, with the reference's bits; the CPU may take part."""
+        return [
+            TieredMath(torch_math=math, grouped=None, host=None if math.post_norm else math)
+            for math in self.maths
+        ]
+
+    def grouped_maths(self, gpu_name: str | None = None) -> list[TieredMath]:
+        """Triton's grouped products, interpreted where there is no GPU."""
+        return [
+            replace(
+                tiered,
+                grouped=GroupedExperts(
+                    math=math,
+                    gate=Gate() if math.up_name == "gate_up_proj" else None,
+                    num_experts=len(weights),
+                    model_dim=MODEL_DIM,
+                    ffn_dim=FFN_DIM,
+                    gpu_name=gpu_name,
+                ),
+            )
+            for tiered, math, weights in zip(
+                self.torch_maths(), self.maths, self.weights, strict=True
+            )
+        ]
+
+    def random_key(self) -> ExpertKey:
+        """Any expert of any layer."""
+        return self.rng.choice(list(self.blobs))
+
+    def forward(self, max_tokens: int = 12) -> Forward:
+        """Random inputs of a random layer."""
+        rng, layer = self.rng, self.rng.randrange(NUM_LAYERS)
+        num_tokens = rng.choice([1, 1, rng.randint(1, max_tokens)])
+        weights = self.weights[layer]
+        hidden_TD = torch.randn(num_tokens, MODEL_DIM, generator=self.generator).to(self.dtype)
+        index_TK, scores_TK = random_routing(rng, self.generator, num_tokens, len(weights))
+        expected_TD = honest_forward(self.maths[layer], weights, hidden_TD, index_TK, scores_TK)
+        return Forward(layer, hidden_TD, index_TK, scores_TK, expected_TD)
+
+
+class Running:
+    """An engine over a world and fakes."""
+
+    def __init__(
+        self,
+        world: TieredWorld,
+        *,
+        num_slots: int,
+        num_host_slots: int,
+        way: MissWay = MissWay.COPY,
+        policy: Callable[[], LRUPolicy | LFUPolicy] = LRUPolicy,
+        maths: Sequence[TieredMath] | None = None,
+    ) -> None:
+        self.world = world
+        self.maths = world.torch_maths() if maths is None else maths
+        self.machine = FakeMachine(world.rng)
+        self.streams = FakeStreams(self.machine)
+        self.source = FakeSource(self.machine, world.blobs)
+        slot_bytes = world.tensor_map.slot_bytes
+        self.engine = TieredEngine(
+            world.tensor_map,
+            self.streams,
+            self.source,
+            DeviceSlots(num_slots, slot_bytes, self.streams),
+            PinnedSlots(num_host_slots, slot_bytes, self.streams),
+            policy(),
+            MissPlanner(way),
+            poison=True,
+        )
+        self.layers = TieredLayers(self.engine)
+
+    def run(self, forward: Forward) -> None:
+        """Queue one forward; its output is there once the machine is idle."""
+        forward.found_TD = self.layers.run(
+            forward.layer,
+            self.maths[forward.layer],
+            forward.hidden_TD,
+            forward.index_TK,
+            forward.scores_TK,
+        )
+
+    def check(self, forward: Forward) -> None:
+        """Wait for all that is queued, and compare: bits, or what a kernel of float32 promises."""
+        self.streams.synchronize()
+        found_TD, expected_TD = forward.found_TD, forward.expected_TD
+        assert found_TD is not None
+        if self.maths[forward.layer].grouped is None:
+            assert torch.equal(found_TD, expected_TD), forward
+        else:
+            torch.testing.assert_close(found_TD, expected_TD, atol=TOLERANCE, rtol=TOLERANCE)
