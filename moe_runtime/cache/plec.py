@@ -1,4 +1,4 @@
-"""Predictive eviction: who is expected back last leaves first."""
+"""Predictive eviction: whose expected use is worth least, the further ahead the less, leaves."""
 
 from collections.abc import Mapping, Sequence, Set
 
@@ -9,21 +9,26 @@ from moe_runtime.cache.reuse_model import Array, ReuseModel, log_odds, sigmoid
 from moe_runtime.expert import ExpertKey
 
 _LEAST_PROBABILITY = 1e-5  # and 1 less this the greatest: what is certain is never doubted again
+_NEVER_LEAVES = 2.0  # more than anything is worth
 _TRUST_STEP = 0.05
 
 
 class PLECPolicy:
-    """Evict the expert whose next use is expected furthest ahead, as learned while running.
+    """Evict the expert whose next use is worth least, as learned while running.
 
     After ExpertFlow's predictive locality-aware expert caching (arXiv 2410.17954): slots have no
     layer of their own, so one that an early layer has used is free for a later layer of the same
-    forward, and layers share them by expected demand. Visits until the next use of a key are
+    forward, and layers share them by expected demand. A use is worth half for each forward that it
+    lies ahead, so an expert is worth
 
-        visits until its layer + L ((1 - p) / r)
+        2^(-visits until its layer / L) (p + (1 - p) r / (1 + r))
 
     with p the probability of use at that visit and r the rate of use in those after it, both of a
-    `ReuseModel`. Predictions that `advise` brings stand beside p, as far as they have proven
-    better: log-odds are mixed with a weight that is learned from what was then used.
+    `ReuseModel`: the sum is the mean of 2^(-forwards until the use) where that waits 1 / r visits
+    of the layer in the mean. The mean of the wait itself would say less: an expert that comes back
+    at once or not for long may have the mean wait of one that surely comes too late. Predictions
+    that `advise` brings stand beside p, as far as they have proven better: log-odds are mixed with
+    a weight that is learned from what was then used.
     """
 
     name = "plec"
@@ -34,10 +39,12 @@ class PLECPolicy:
         layers = np.arange(num_layers)
         # [L, L, 1]: visits from that of one layer to the next of another
         self._distance = ((layers - layers[:, None] - 1) % num_layers + 1)[..., None]
+        self._discount = np.exp2(-self._distance / num_layers).astype(np.float32)
         self._num_experts = num_experts
         self._layer = 0  # that is visited
-        self._is_resident = np.zeros(num_layers * num_experts, np.bool_)
-        self._expected: Array | None = None  # [L E] visits until the next use; None: out of date
+        # [L E]: 0 where resident, and elsewhere so much that nobody leaves who is not there
+        self._absence = np.full(num_layers * num_experts, _NEVER_LEAVES, np.float32)
+        self._worth: Array | None = None  # [L E] of what may be used; None: out of date
         self._predictions: Predictions | None = None  # that wait for the visit
         self._advice = np.full(shape, np.nan)  # log-odds
         self._later_advice = np.full(shape, np.nan)
@@ -53,20 +60,22 @@ class PLECPolicy:
         self._advice[layer] = self._later_advice[layer] = np.nan
         self._take_advice()
         self._layer = layer
-        self._expected = None
+        self._worth = None
 
     def touch(self, key: ExpertKey) -> None:
-        self._is_resident[self._number(key)] = True
+        self._absence[key[0] * self._num_experts + key[1]] = 0.0
 
     def victim(self, pinned: Set[ExpertKey]) -> ExpertKey | None:
-        score = np.where(self._is_resident, self._expectation(), -1.0)
-        for key in pinned:
-            score[self._number(key)] = -1.0
-        number = int(score.argmax())
-        return ExpertKey(*divmod(number, self._num_experts)) if score[number] >= 0 else None
+        worth = self._worths() + self._absence
+        for layer, expert in pinned:
+            worth[layer * self._num_experts + expert] = _NEVER_LEAVES
+        number = int(worth.argmin())
+        if worth[number] >= _NEVER_LEAVES:
+            return None
+        return ExpertKey(*divmod(number, self._num_experts))
 
     def forget(self, key: ExpertKey) -> None:
-        self._is_resident[self._number(key)] = False
+        self._absence[key[0] * self._num_experts + key[1]] = _NEVER_LEAVES
 
     def advise(self, predictions: Mapping[ExpertKey, float]) -> None:
         """Probabilities of use at the next visit of a key's layer, after the visit about to begin.
@@ -84,20 +93,21 @@ class PLECPolicy:
     def restore(self, state: Mapping[str, Array]) -> None:
         """Go on with what another run learnt, or raise KeyError or ValueError."""
         self._model.restore(state)
-        self._expected = None
+        self._worth = None
 
     def wanted(self) -> list[ExpertKey]:
         """Absent keys worth a fetch ahead: most probability over visits until the use first."""
         probability = sigmoid(_mixed(self._model.next_log_odds, self._advice, self._trust))
         value = (probability / self._distance[self._layer]).ravel()
-        value[self._is_resident | (probability.ravel() < LEAST_PREFETCHED)] = 0.0
+        is_resident = self._absence == 0.0
+        value[is_resident | (probability.ravel() < LEAST_PREFETCHED)] = 0.0
         order = np.argsort(-value, kind="stable")[: np.count_nonzero(value)]
         return [ExpertKey(*divmod(number, self._num_experts)) for number in order.tolist()]
 
     def is_sooner(self, key: ExpertKey, other: ExpertKey) -> bool:
-        """Whether `key` is expected to be used before `other`."""
-        expected = self._expectation()
-        return bool(expected[self._number(key)] < expected[self._number(other)])
+        """Whether the use of `key` is worth more than that of `other`."""
+        worth = self._worths()
+        return bool(worth[self._number(key)] > worth[self._number(other)])
 
     def _number(self, key: ExpertKey) -> int:
         return key.layer * self._num_experts + key.expert
@@ -110,20 +120,30 @@ class PLECPolicy:
             if predictions.later_LE is not None:
                 _put_log_odds(predictions.later_LE, self._later_advice)
 
-    def _expectation(self) -> Array:
-        if self._expected is None:
-            self._expected = self._expect()
-        return self._expected
+    def _worths(self) -> Array:
+        if self._worth is None:
+            self._worth = self._weigh()
+        return self._worth
 
-    def _expect(self) -> Array:
+    def _weigh(self) -> Array:
         model = self._model
         own, later = model.next_log_odds, model.later_log_odds()
         if self._is_advised:
             own = _mixed(own, self._advice, self._trust)
             later = _mixed(later, self._later_advice, self._trust)
-        skipped = sigmoid(-own) / sigmoid(later)
-        expected: Array = self._distance[self._layer] + len(own) * skipped
-        return expected.ravel()
+        # With odds 1 / a of p and 1 / b of r: p + (1 - p) r / (1 + r) = 1 - a (1 + b) / ...
+        against = np.exp(-own)
+        against_later = np.exp(-later)
+        against_later += 1.0
+        lost = against * against_later
+        against += 1.0
+        against_later += 1.0
+        against *= against_later
+        lost /= against
+        np.subtract(1.0, lost, out=lost)
+        lost *= self._discount[self._layer]
+        worth: Array = lost.ravel()
+        return worth
 
     def _learn_trust(self, layer: int, experts: Sequence[int]) -> None:
         """A step of AdaGrad on the logistic loss of what was last said of this visit."""
