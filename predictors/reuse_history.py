@@ -10,76 +10,60 @@ import numpy as np
 from moe_runtime.trace_fields import Array
 
 # How fast each moving average of an expert's use forgets, per visit of its layer.
-_RATES = np.array([0.5, 0.25, 0.1, 0.03, 0.01], np.float32)
-_FIRST_AVERAGE = 0.1
-_LEAST_AVERAGE = 0.002  # bounds the log-odds
-_AS_INPUT = slice(1, 4)  # of the averages
-_INPUT_SCALE = np.array([2.0, 3.0, 3.0], np.float32)[:, None]
-NUM_INPUTS = 6  # used, used one visit before, rank, three averages
-NUM_DIRECT = 9  # log-odds of five averages, used, used before, log of the age, 1
+RATES = (0.5, 0.25, 0.1, 0.03, 0.01, 0.003)
+FIRST_AVERAGE = 0.1
+LEAST_AVERAGE = 0.002  # bounds the log-odds
+AS_INPUT = (1, 2, 3, 5)  # of the averages
+INPUT_SCALE = (2.0, 3.0, 3.0, 3.0)
+NUM_INPUTS = 3 + len(AS_INPUT)  # used, used one visit before, rank, averages
+NUM_DIRECT = len(RATES) + 4  # log-odds of the averages, used, used before, log of the age, 1
+
+_RATES = np.array(RATES, np.float32)[:, None]
+_INPUT_SCALE = np.array(INPUT_SCALE, np.float32)[:, None]
+_AS_INPUT = list(AS_INPUT)
 
 
 class ReuseHistory:
-    """Of one sequence. A row without experts, -1 throughout, leaves its layer as it was."""
+    """Of one sequence. A visit without experts, -1 throughout, leaves its layer as it was."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
-        shape = num_layers, num_experts
-        self.inputs = np.zeros((NUM_INPUTS, *shape), np.float32)
-        self._averages = np.full((len(_RATES), *shape), _FIRST_AVERAGE, np.float32)
-        self._age = np.full(shape, 1 / _FIRST_AVERAGE, np.float32)
-        self.inputs[3:] = _INPUT_SCALE[:, None] * self._averages[_AS_INPUT]
+        self.inputs = np.zeros((num_layers, NUM_INPUTS, num_experts), np.float32)
+        shape = num_layers, len(RATES), num_experts
+        self.averages = np.full(shape, FIRST_AVERAGE, np.float32)
+        self.age = np.full((num_layers, num_experts), 1 / FIRST_AVERAGE, np.float32)
+        self.inputs[:, 3:] = _INPUT_SCALE * self.averages[:, _AS_INPUT]
 
     def copy(self) -> Self:
         found = type(self).__new__(type(self))
-        found.inputs = self.inputs.copy()
-        found._averages, found._age = self._averages.copy(), self._age.copy()
+        found.inputs, found.averages = self.inputs.copy(), self.averages.copy()
+        found.age = self.age.copy()
         return found
 
     def visit(self, layer: int, chosen: Array) -> None:
         """`layer` used `chosen` `[K]`, largest weight first, -1 missing."""
-        self._visit(slice(layer, layer + 1), chosen[None])
-
-    def visit_all(self, chosen: Array) -> None:
-        """All layers in one: `[L, K]`."""
-        self._visit(slice(None), chosen)
-
-    def direct(self) -> Array:
-        """`[L, E, NUM_DIRECT]`: of each expert its own past."""
-        return self._direct(slice(None))
-
-    def direct_of(self, layer: int) -> Array:
-        """`[E, NUM_DIRECT]`."""
-        found: Array = self._direct(slice(layer, layer + 1))[0]
-        return found
-
-    def _visit(self, layers: slice, chosen: Array) -> None:
-        inputs = self.inputs[:, layers]
-        row, rank = np.nonzero(chosen >= 0)
-        rows = np.unique(row)
-        if len(rows) < inputs.shape[1]:
-            if not len(rows):
-                return
-            for one in rows.tolist():  # the others know nothing new
-                first = range(self._age.shape[0])[layers][one]
-                self._visit(slice(first, first + 1), chosen[one : one + 1])
+        is_known = chosen >= 0
+        if not is_known.any():
             return
-        expert = chosen[row, rank]
-        inputs[1] = inputs[0]
-        inputs[0] = inputs[2] = 0.0
-        inputs[0][row, expert] = 1.0
-        inputs[2][row, expert] = 1.0 - rank / chosen.shape[1]
-        averages, age = self._averages[:, layers], self._age[layers]
-        averages += _RATES[:, None, None] * (inputs[0] - averages)
-        inputs[3:] = _INPUT_SCALE[:, None] * averages[_AS_INPUT]
+        inputs, averages, age = self.inputs[layer], self.averages[layer], self.age[layer]
+        expert = chosen[is_known].astype(np.intp)
+        used, used_before, rank = inputs[:3]
+        used_before[:] = used
+        used.fill(0.0)
+        rank.fill(0.0)
+        used[expert] = 1.0
+        rank[expert] = (1.0 - np.arange(len(chosen)) / len(chosen))[is_known]
+        averages += _RATES * (used - averages)
+        np.multiply(averages[_AS_INPUT], _INPUT_SCALE, out=inputs[3:])
         age += 1.0
-        age[row, expert] = 0.0
+        age[expert] = 0.0
 
-    def _direct(self, layers: slice) -> Array:
-        averages = np.clip(self._averages[:, layers], _LEAST_AVERAGE, 1 - _LEAST_AVERAGE)
-        inputs = self.inputs[:, layers]
-        found = np.empty((*inputs.shape[1:], NUM_DIRECT), np.float32)
-        found[..., :5] = np.moveaxis(np.log(averages / (1.0 - averages)), 0, -1)
-        found[..., 5], found[..., 6] = inputs[0], inputs[1]
-        found[..., 7] = np.log1p(self._age[layers])
-        found[..., 8] = 1.0
+    def direct(self, layer: int) -> Array:
+        """`[NUM_DIRECT, E]`: of each expert of the layer its own past."""
+        averages = np.maximum(self.averages[layer], LEAST_AVERAGE)
+        np.minimum(averages, 1.0 - LEAST_AVERAGE, out=averages)
+        found = np.empty((NUM_DIRECT, averages.shape[1]), np.float32)
+        np.log(averages / (1.0 - averages), out=found[: len(RATES)])
+        found[-4:-2] = self.inputs[layer, :2]
+        np.log1p(self.age[layer], out=found[-2])
+        found[-1] = 1.0
         return found

@@ -1,15 +1,12 @@
 """A small network that tells a cache when each expert is used again, from the routing so far.
 
-B samples, L MoE layers, E experts a layer, P = L E keys, A averages, H hidden units.
+L MoE layers, E experts a layer, H hidden units.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional
 
 from moe_runtime.errors import PredictorError
 from moe_runtime.predictors.predictor import (
@@ -22,17 +19,10 @@ from moe_runtime.predictors.predictor import (
     silent,
 )
 from moe_runtime.predictors.reuse_history import NUM_DIRECT, NUM_INPUTS, ReuseHistory
+from moe_runtime.predictors.reuse_training import LEAST_TOKENS, train_on_reuse
 from moe_runtime.trace import Phase, Trace
 from moe_runtime.trace_fields import Array
 
-_HIDDEN = 128
-_MOST_TOKENS = 40_000  # the first of the trace; what is known after each is held
-_STEPS = 800
-_BATCH = 256
-_LEARNING_RATE = 3e-3
-_HORIZON_STEPS = 255  # uses further ahead count as further ahead, however far
-_LATER_WEIGHT = 0.3  # of the loss of rates beside that of probabilities
-_LEAST_TOKENS = 64
 _TENSORS = ("input", "input_bias", "output", "output_bias", "direct")
 
 
@@ -44,36 +34,32 @@ class ReuseNetwork:
     and, for one that is not, the rate at the visits after it, fitted by the likelihood of the
     number of visits until the use as a geometric one, so that 1 / rate is its mean. `x` holds, for
     all keys at once, the last two visits, ranks and moving averages; `f` a key's own averages,
-    last visits and age; l' is the layer that ran last.
+    last visits and age; l' is the layer that ran last. Layers up to l' have run for this token and
+    run next for another; the others ran for the token before and run next for this one: the two
+    sorts have weights of their own, which come first for those of this token, in and out.
     """
 
     name: ClassVar[str] = "reuse_network"
     needs: ClassVar[frozenset[str]] = frozenset()
 
     fingerprint: Fingerprint
-    input: Array  # [NUM_INPUTS, L, E, H] float32
+    input: Array  # [2, L, NUM_INPUTS, E, H] float32
     input_bias: Array  # [L, H], by the layer that ran last
-    output: Array  # [H, 2 P]
-    output_bias: Array  # [2 P]
-    direct: Array  # [2, L, NUM_DIRECT]
+    output: Array  # [2, L, E, 2, H]
+    output_bias: Array  # [L, E, 2]
+    direct: Array  # [L, NUM_DIRECT, 2]
 
     @classmethod
     def fit(cls, trace: Trace, facts: ModelFacts, on_progress: Progress = silent) -> Self:
-        fingerprint = facts.fingerprint
         topk = trace.topk[trace.phase != Phase.PADDING]
-        if len(topk) < _LEAST_TOKENS:
+        if len(topk) < LEAST_TOKENS:
             raise PredictorError(
-                f"the trace has {len(topk)} tokens, and {cls.name} learns from {_LEAST_TOKENS} or "
+                f"the trace has {len(topk)} tokens, and {cls.name} learns from {LEAST_TOKENS} or "
                 "more; record more prompts"
             )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            net = _Net(fingerprint.num_layers, trace.num_experts)
-            _train(net, _Examples.of(topk, trace.num_experts), on_progress)
-        tensors = {
-            name: getattr(net, name).detach().numpy().astype(np.float32) for name in _TENSORS
-        }
-        return cls(fingerprint=fingerprint, **tensors)
+        weights = train_on_reuse(topk, trace.num_experts, on_progress)
+        tensors = {name: getattr(weights, name).detach().numpy() for name in _TENSORS}
+        return cls(fingerprint=facts.fingerprint, **tensors)
 
     def start(self) -> "ReuseSession":
         return ReuseSession(self)
@@ -85,13 +71,13 @@ class ReuseNetwork:
     def of_state(cls, fingerprint: Fingerprint, state: State) -> Self:
         tensors = {name: state.tensors[name] for name in _TENSORS}
         layers, experts = fingerprint.num_layers, fingerprint.num_experts
-        hidden = tensors["output"].shape[0]
+        hidden = tensors["input_bias"].shape[-1]
         shapes = {
-            "input": (NUM_INPUTS, layers, experts, hidden),
+            "input": (2, layers, NUM_INPUTS, experts, hidden),
             "input_bias": (layers, hidden),
-            "output": (hidden, 2 * layers * experts),
-            "output_bias": (2 * layers * experts,),
-            "direct": (2, layers, NUM_DIRECT),
+            "output": (2, layers, experts, 2, hidden),
+            "output_bias": (layers, experts, 2),
+            "direct": (layers, NUM_DIRECT, 2),
         }
         for name, shape in shapes.items():
             if tensors[name].shape != shape:
@@ -123,6 +109,7 @@ class ReuseSession:
                 self._sequences[sequence] = found
             if is_token:
                 self._last = found
+            found.is_new_token = True
             self._rows.append(found)
         return self._said(0)
 
@@ -137,12 +124,12 @@ class ReuseSession:
             self._last = None
 
     def _said(self, first_layer: int) -> Forecast:
-        said = np.stack([running.say() for running in self._rows])  # [T, 2, L, E]
+        said = np.stack([running.say() for running in self._rows])  # [T, L, E, 2]
         return Forecast(
             first_layer=first_layer,
-            probability=said[:, 0, first_layer:],
-            next_step=said[:, 0],
-            later=said[:, 1],
+            probability=said[:, first_layer:, :, 0],
+            next_step=said[..., 0],
+            later=said[..., 1],
         )
 
 
@@ -152,136 +139,59 @@ class _Running:
     def __init__(self, of: ReuseNetwork) -> None:
         self._of = of
         self._history = ReuseHistory(of.fingerprint.num_layers, of.fingerprint.num_experts)
-        inputs = self._history.inputs
-        self._sum = np.einsum("ile,ileh->h", inputs, of.input)
-        self._direct = np.einsum("lef,olf->ole", self._history.direct(), of.direct)
+        # [2, L, H]: what each layer's inputs add as this token's, and as those of the one before.
+        self._added = np.einsum("lie,tlieh->tlh", self._history.inputs, of.input)
+        self._part = self._added[1].copy()  # which of them is in the sum
+        self._sum = self._part.sum(axis=0)
+        self._direct = np.empty_like(of.output_bias)
+        for layer in range(of.fingerprint.num_layers):
+            self._tell_own_past(layer)
         self._layer = of.fingerprint.num_layers - 1
         self._answer: Array | None = None
+        self.is_new_token = True
 
     def copy(self) -> "_Running":
         found = _Running.__new__(_Running)
         found._of, found._history = self._of, self._history.copy()
+        found._added, found._part = self._added.copy(), self._part.copy()
         found._sum, found._direct = self._sum.copy(), self._direct.copy()
         found._layer, found._answer = self._layer, self._answer
+        found.is_new_token = self.is_new_token
         return found
 
     def visit(self, layer: int, chosen: Array) -> None:
         of, history = self._of, self._history
-        before = history.inputs[:, layer].copy()
+        if self.is_new_token:
+            self.is_new_token = False
+            np.copyto(self._part, self._added[1])
+            self._sum = self._part.sum(axis=0)
         history.visit(layer, chosen)
-        change = (history.inputs[:, layer] - before).ravel()  # [NUM_INPUTS E]
-        self._sum += change @ of.input[:, layer].reshape(len(change), -1)
-        self._direct[:, layer] = np.einsum(
-            "ef,of->oe", history.direct_of(layer), of.direct[:, layer]
+        weights = of.input[:, layer]
+        self._added[:, layer] = added = history.inputs[layer].ravel() @ weights.reshape(
+            2, -1, weights.shape[-1]
         )
+        self._sum += added[0] - self._part[layer]
+        self._part[layer] = added[0]
+        self._tell_own_past(layer)
         self._layer = layer
         self._answer = None
 
+    def _tell_own_past(self, layer: int) -> None:
+        own = self._history.direct(layer).T @ self._of.direct[layer]
+        self._direct[layer] = own + self._of.output_bias[layer]
+
     def say(self) -> Array:
-        """`[2, L, E]`: probability at the next visit, rate after it."""
+        """`[L, E, 2]`: probability at the next visit, rate after it."""
         if self._answer is None:
-            of = self._of
+            of, after = self._of, self._layer + 1
             hidden = np.maximum(self._sum + of.input_bias[self._layer], 0.0)
-            log_odds = (hidden @ of.output + of.output_bias).reshape(self._direct.shape)
-            self._answer = 0.5 + 0.5 * np.tanh(0.5 * (log_odds + self._direct))
-        answer: Array = self._answer
-        return answer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Examples:
-    """Tokens of a trace with all that is known after each, for states between any two visits."""
-
-    inputs: Tensor  # [N, NUM_INPUTS, L, E] float16
-    direct: Tensor  # [N, L, E, NUM_DIRECT] float16
-    ahead: Tensor  # [N, L, E] uint8: in how many tokens, 0 this one, a key is used
-
-    @classmethod
-    def of(cls, topk: Array, num_experts: int) -> Self:
-        topk = topk[:_MOST_TOKENS]
-        num_tokens, num_layers, _ = topk.shape
-        shape = (num_layers, num_experts)
-        history = ReuseHistory(*shape)
-        inputs = np.empty((num_tokens, NUM_INPUTS, *shape), np.float16)
-        direct = np.empty((num_tokens, *shape, NUM_DIRECT), np.float16)
-        for token in range(num_tokens):
-            history.visit_all(topk[token])
-            inputs[token] = history.inputs
-            direct[token] = history.direct()
-        ahead = np.empty((num_tokens, *shape), np.uint8)
-        wait = np.full(shape, _HORIZON_STEPS, np.int64)
-        for token in range(num_tokens - 1, -1, -1):
-            wait = np.minimum(wait + 1, _HORIZON_STEPS)
-            wait[inputs[token, 0] > 0] = 0
-            ahead[token] = wait
-        return cls(
-            inputs=torch.from_numpy(inputs),
-            direct=torch.from_numpy(direct),
-            ahead=torch.from_numpy(ahead),
-        )
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor, int, Tensor]:
-        """Inputs, direct features, the layer that ran last, and visits until each use."""
-        num_tokens, num_layers = self.ahead.shape[:2]
-        token = torch.randint(1, num_tokens - 1, (size,))
-        # One layer for all samples: then what is known of each comes in two blocks.
-        layer = int(torch.randint(0, num_layers, ()))
-
-        def known(field: Tensor, offset: int, axis: int) -> Tensor:
-            now, before = field[token + offset], field[token + offset - 1]
-            parts = (
-                now.narrow(axis, 0, layer + 1),
-                before.narrow(axis, layer + 1, num_layers - layer - 1),
-            )
-            return torch.cat(parts, axis).float()
-
-        return known(self.inputs, 0, 2), known(self.direct, 0, 1), layer, known(self.ahead, 1, 1)
-
-
-class _Net(torch.nn.Module):
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        super().__init__()
-        shape = (NUM_INPUTS, num_layers, num_experts, _HIDDEN)
-        scale = (NUM_INPUTS * num_layers * num_experts) ** -0.5
-        keys = num_layers * num_experts
-        self.input = torch.nn.Parameter(torch.randn(shape) * scale)
-        self.input_bias = torch.nn.Parameter(torch.zeros(num_layers, _HIDDEN))
-        self.output = torch.nn.Parameter(torch.randn(_HIDDEN, 2 * keys) * 0.3 * _HIDDEN**-0.5)
-        self.output_bias = torch.nn.Parameter(torch.zeros(2 * keys))
-        direct = torch.zeros(2, num_layers, NUM_DIRECT)
-        direct[:, :, 2], direct[:, :, 3] = 0.6, 0.3  # log-odds of averages over 10 and 33 visits
-        self.direct = torch.nn.Parameter(direct)
-
-    def forward(self, inputs: Tensor, direct: Tensor, layer: int) -> Tensor:
-        """`[B, 2, L, E]` log-odds."""
-        batch, _, num_layers, num_experts = inputs.shape
-        weights = self.input.reshape(-1, self.input.shape[-1])
-        hidden = functional.relu(inputs.reshape(batch, -1) @ weights + self.input_bias[layer])
-        log_odds = hidden @ self.output + self.output_bias
-        own = torch.einsum("blef,olf->bole", direct, self.direct)
-        return log_odds.view(batch, 2, num_layers, num_experts) + own
-
-
-def _train(net: _Net, examples: _Examples, on_progress: Progress) -> None:
-    optimiser = torch.optim.Adam(net.parameters(), lr=_LEARNING_RATE)
-    plan: Any = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, _LEARNING_RATE, total_steps=_STEPS, pct_start=0.05
-    )
-    for step in range(_STEPS):
-        inputs, direct, layer, ahead = examples.batch(_BATCH)
-        loss = _loss(net(inputs, direct, layer), ahead)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        plan.step()
-        on_progress(step + 1, _STEPS)
-
-
-def _loss(log_odds: Tensor, ahead: Tensor) -> Tensor:
-    now = functional.binary_cross_entropy_with_logits(log_odds[:, 0], (ahead == 0).float())
-    # Geometric: unused at so many visits, then used, unless that is beyond the horizon.
-    is_later = (ahead > 0).float()
-    is_seen = (ahead < _HORIZON_STEPS).float()
-    used = is_later * is_seen * functional.logsigmoid(log_odds[:, 1])
-    unused = (ahead - 1).clamp(min=0) * functional.logsigmoid(-log_odds[:, 1])
-    return now - _LATER_WEIGHT * (used + unused).mean()
+            found = np.empty_like(self._direct)
+            np.matmul(of.output[1, :after], hidden, out=found[:after])
+            np.matmul(of.output[0, after:], hidden, out=found[after:])
+            found += self._direct
+            found *= 0.5
+            np.tanh(found, out=found)
+            found *= 0.5
+            found += 0.5
+            self._answer = found
+        return self._answer

@@ -128,6 +128,7 @@ def eval_(
                 )
             )
         fit_seconds.append(seconds)
+    cosines = router_input_cosines(to_judge)
     if plot is not None:
         plot_recall(results, plot, title=f"{loaded.model}, {to_judge.num_tokens:,} unseen tokens")
     if as_json:
@@ -139,7 +140,7 @@ def eval_(
                 "held_out": held_out,
                 "seed": seed,
                 "slots_per_layer": num_slots,
-                "router_input_cosines": router_input_cosines(to_judge),
+                "router_input_cosines": cosines,
                 "results": [
                     result.as_dict() | {"fit_seconds": seconds}
                     for result, seconds in zip(results, fit_seconds, strict=True)
@@ -148,6 +149,8 @@ def eval_(
         )
         return
     terminal.show(_table(results, f"{facts.fingerprint}; {num_slots} slots a layer"))
+    if cosines:
+        terminal.show(_cosine_table(results, cosines))
 
 
 def _possible(terminal: Terminal, trace: "Trace", facts: "ModelFacts") -> list[str]:
@@ -207,7 +210,7 @@ def _table(results: "list[Evaluation]", title: str) -> Table:
     for name in ("1", "2", "3", "step", "next", "slots", "B=4", "B=16", "error", "us", "size"):
         table.add_column(name, justify="right")
     for result in results:
-        for phase in result.microseconds:
+        for phase in [*result.microseconds, *(part for part in _ID_PARTS if part in result.scores)]:
             scores = result.scores[phase]
             step = scores.get("step")
             cells = [f"{scores[m].recall:.3f}" if m in scores else "-" for m in _MOMENTS]
@@ -222,7 +225,7 @@ def _table(results: "list[Evaluation]", title: str) -> Table:
                 result.predictor,
                 phase,
                 *cells,
-                f"{result.microseconds[phase]:.0f}",
+                f"{result.microseconds[phase]:.0f}" if phase in result.microseconds else "-",
                 format_bytes(result.state_bytes),
             )
     if results:
@@ -232,4 +235,28 @@ def _table(results: "list[Evaluation]", title: str) -> Table:
     return table
 
 
+def _cosine_table(results: "list[Evaluation]", cosines: dict[str, list[float]]) -> Table:
+    """How alike the inputs of routers are, beside what gates make of an earlier one."""
+    table = Table(
+        title="router inputs: mean cosine of a layer's and an earlier one's, and recall from it",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("layers ahead")
+    table.add_column("")
+    for layer in range(len(cosines["1"]) + 1):
+        table.add_column(f"{layer}", justify="right")
+    for distance, found in cosines.items():
+        gap = ["-"] * int(distance)
+        table.add_row(distance, "cosine", *gap, *(f"{cosine:.3f}" for cosine in found))
+        for result in results:
+            if result.predictor in _GATES:
+                recalls = result.layer_recall[distance]
+                cells = ["-" if recall is None else f"{recall:.3f}" for recall in recalls]
+                table.add_row("", result.predictor, *cells)
+    return table
+
+
 _MOMENTS = ("1", "2", "3", "step", "next")
+_ID_PARTS = ("seen ids", "unseen ids")
+_GATES = ("gate_lookahead", "gate_corrected")

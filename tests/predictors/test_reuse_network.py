@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import torch
 
 from moe_runtime.errors import PredictorError
-from moe_runtime.predictors import reuse_network
+from moe_runtime.predictors import reuse_training
 from moe_runtime.predictors.predictor import ModelFacts, StepRows
 from moe_runtime.predictors.reuse_history import ReuseHistory
 from moe_runtime.predictors.reuse_network import ReuseNetwork
+from moe_runtime.predictors.reuse_training import Reader
 from moe_runtime.trace import Trace
 from tests.simulate.traces import make_trace
 
@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture
 def trace(monkeypatch: pytest.MonkeyPatch) -> Trace:
-    monkeypatch.setattr(reuse_network, "_STEPS", 40)
+    monkeypatch.setattr(reuse_training, "_STEPS", 40)
     return make_trace(0, num_tokens=120)
 
 
@@ -33,31 +33,44 @@ def test_a_session_says_what_the_whole_network_says(trace: Trace) -> None:
         for layer in range(trace.num_layers):
             said = session.observe(layer, trace.topk[rows, layer], None)
             history.visit(layer, trace.topk[token, layer])
-            x = history.inputs.ravel()
-            hidden = np.maximum(x @ found.input.reshape(len(x), -1) + found.input_bias[layer], 0)
-            z = (hidden @ found.output + found.output_bias).reshape(2, *history.inputs.shape[1:])
-            z += np.einsum("lef,olf->ole", history.direct(), found.direct)
-            expected = 1 / (1 + np.exp(-z))
+            x = history.inputs
+            after = layer + 1
+            of_layers = np.concatenate([found.input[0, :after], found.input[1, after:]])
+            hidden = np.einsum("lie,lieh->h", x, of_layers) + found.input_bias[layer]
+            of_layers = np.concatenate([found.output[1, :after], found.output[0, after:]])
+            z = of_layers @ np.maximum(hidden, 0) + found.output_bias
+            own = np.stack([history.direct(layer) for layer in range(trace.num_layers)])
+            expected = 1 / (1 + np.exp(-z - np.einsum("lfe,lfo->leo", own, found.direct)))
             assert said.next_step is not None
             assert said.later is not None
-            np.testing.assert_allclose(said.next_step[0], expected[0], atol=TOLERANCE)
-            np.testing.assert_allclose(said.later[0], expected[1], atol=TOLERANCE)
+            np.testing.assert_allclose(said.next_step[0], expected[..., 0], atol=TOLERANCE)
+            np.testing.assert_allclose(said.later[0], expected[..., 1], atol=TOLERANCE)
 
 
 def test_examples_are_the_history_and_the_true_future(trace: Trace) -> None:
     """Law: what is learned from is what is known at a visit, and when each key is used after it."""
-    examples = reuse_network._Examples.of(trace.topk, trace.num_experts)
-    used = examples.inputs[:, 0] > 0
-    for token, layer, expert in np.ndindex(20, trace.num_layers, trace.num_experts):
-        ahead = torch.nonzero(used[token:, layer, expert])
-        expected = int(ahead[0]) if len(ahead) else None
-        if expected is not None:
-            assert int(examples.ahead[token, layer, expert]) == expected
+    num_layers, num_experts = trace.num_layers, trace.num_experts
+    reader = Reader(trace.topk, num_experts, 1)
+    history = ReuseHistory(num_layers, num_experts)
+    used = np.zeros((trace.num_tokens, num_layers, num_experts), np.bool_)
+    np.put_along_axis(used, trace.topk.astype(np.int64), True, -1)
+    for token, layer in np.ndindex(40, num_layers):
+        history.visit(layer, trace.topk[token, layer])
+        sample = reader.sample(layer)
+        np.testing.assert_allclose(sample.inputs[0], history.inputs, atol=TOLERANCE)
+        own = np.stack([history.direct(layer) for layer in range(num_layers)])
+        np.testing.assert_allclose(sample.direct[0], own, atol=TOLERANCE)
+        for other, expert in np.ndindex(num_layers, num_experts):
+            following = used[token + (other <= layer) :, other, expert]
+            if following.any():
+                assert sample.ahead[0, other, expert] == following.argmax()
+        if layer == num_layers - 1:
+            reader.move_on()
 
 
 def test_it_learns_who_follows_whom(monkeypatch: pytest.MonkeyPatch) -> None:
     """Law: where tokens take three paths in turn, the next one's experts are foretold."""
-    monkeypatch.setattr(reuse_network, "_STEPS", 200)
+    monkeypatch.setattr(reuse_training, "_STEPS", 200)
     topk = np.tile(np.array([[[0, 1]], [[2, 3]], [[4, 5]]]), (60, 2, 1))
     trace = Trace.of({"topk": topk}, num_experts=8)
     session = ReuseNetwork.fit(trace, ModelFacts.of(trace)).start()
