@@ -97,6 +97,10 @@ def test_the_bundled_model_s_gates_choose_what_was_recorded(
     assert outcome.code == 0, outcome.err
     gates, frequency = (one["scores"]["all"] for one in json.loads(outcome.out)["results"])
     assert gates["1"]["recall"] > frequency["1"]["recall"] + 0.1
+    # A person sees beside that how alike what the gates are shown is to what they were made for.
+    shown = predictor(capsys, "eval", recorded, *words[:-1]).out
+    cosine = json.loads(outcome.out)["router_input_cosines"]["1"][0]
+    assert f"{cosine:.3f}" in shown.split("mean cosine")[1]
 
 
 def test_a_predicted_trace_has_the_prompts_tokens_and_no_layer_runs(

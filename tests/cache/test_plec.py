@@ -13,6 +13,7 @@ from moe_runtime.cache.lru import LRUPolicy
 from moe_runtime.cache.plec import PLECPolicy
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.cache.predictions import Predictions
+from moe_runtime.cache.reuse_model import sigmoid
 from moe_runtime.expert import ExpertKey
 
 NUM_LAYERS, NUM_EXPERTS = 2, 6
@@ -85,6 +86,24 @@ def test_a_layer_tells_what_the_next_one_uses() -> None:
         wanted = policy.wanted()
         policy.visit([ExpertKey(1, expert)])
     assert wanted == [ExpertKey(1, expert)]
+
+
+def test_a_use_is_worth_half_for_each_forward_that_it_lies_ahead() -> None:
+    """Law: who leaves has the least mean of 2^(-forwards until the use), summed term by term."""
+    policy = PLECPolicy(*SHAPE)
+    for visit in random_visits(1, 40):
+        policy.visit(visit)
+        for key in visit:
+            policy.touch(key)
+    model = policy._model
+    p, r = sigmoid(model.next_log_odds), sigmoid(model.later_log_odds())
+    expected = p + (1 - p) * sum(r * (1 - r) ** (wait - 1) * 0.5**wait for wait in range(1, 60))
+    expected[0] *= 0.5**0.5  # layer 1 ran last: layer 0 is one visit of two ahead
+    expected[1] *= 0.5
+    number = int(expected.argmin())
+    assert policy.victim(frozenset()) == ExpertKey(*divmod(number, NUM_EXPERTS))
+    best = ExpertKey(*divmod(int(expected.argmax()), NUM_EXPERTS))
+    assert all(policy.is_sooner(best, key) for key in KEYS if key != best)
 
 
 @given(
