@@ -166,12 +166,16 @@ class _Running:
             np.copyto(self._part, self._added[1])
             self._sum = self._part.sum(axis=0)
         history.visit(layer, chosen)
-        weights = of.input[:, layer]
-        self._added[:, layer] = added = history.inputs[layer].ravel() @ weights.reshape(
-            2, -1, weights.shape[-1]
-        )
-        self._sum += added[0] - self._part[layer]
-        self._part[layer] = added[0]
+        inputs = history.inputs[layer].ravel()
+        num_hidden = of.input_bias.shape[1]
+        for which in range(2):
+            # Views: a copy of the weights would cost more than the product.
+            weights = of.input[which, layer].reshape(-1, num_hidden)
+            np.matmul(inputs, weights, out=self._added[which, layer])
+        added = self._added[0, layer]
+        self._sum += added
+        self._sum -= self._part[layer]
+        self._part[layer] = added
         self._tell_own_past(layer)
         self._layer = layer
         self._answer = None
@@ -185,10 +189,12 @@ class _Running:
         if self._answer is None:
             of, after = self._of, self._layer + 1
             hidden = np.maximum(self._sum + of.input_bias[self._layer], 0.0)
-            found = np.empty_like(self._direct)
-            np.matmul(of.output[1, :after], hidden, out=found[:after])
-            np.matmul(of.output[0, after:], hidden, out=found[after:])
-            found += self._direct
+            found = self._direct.copy()
+            for which, layers in ((1, slice(after)), (0, slice(after, None))):
+                weights = of.output[which, layers]
+                found[layers] += (weights.reshape(-1, len(hidden)) @ hidden).reshape(
+                    weights.shape[:-1]
+                )
             found *= 0.5
             np.tanh(found, out=found)
             found *= 0.5

@@ -139,11 +139,11 @@ def train_on_reuse(topk: Array, num_experts: int, on_progress: Progress) -> Reus
         reader = Reader(topk, num_experts, min(_BATCH, len(topk) // _TOKENS_A_STEP))
         between_keys = [weights.input, weights.output]
         others = [weights.input_bias, weights.output_bias, weights.direct]
-        optimiser = torch.optim.AdamW(
-            [{"params": between_keys}, {"params": others, "weight_decay": 0.0}],
-            lr=_LEARNING_RATE,
-            weight_decay=_WEIGHT_DECAY,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": between_keys},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        optimiser = torch.optim.AdamW(groups, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         plan: Any = torch.optim.lr_scheduler.OneCycleLR(
             optimiser, _LEARNING_RATE, total_steps=_STEPS, pct_start=0.05
         )
