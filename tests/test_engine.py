@@ -27,6 +27,7 @@ from moe_runtime.memory.slots import HostSlots
 from moe_runtime.memory.tensor_map import TensorMap
 from tests.expert_files import KINDS, FileWriter, Parameter, make_layer
 from tests.honest_experts import honest_forward, parameter_shapes, random_math, random_routing
+from tests.interruption import NEVER, Interruption
 
 # T tokens, K top-k, E experts, D model dim, F ffn dim
 
@@ -292,31 +293,20 @@ def test_interrupt_between_steps(
 ) -> None:
     """Law: an interrupt before or after any step of a layer leaves the engine right."""
     rng, generator = random.Random(4), torch.Generator().manual_seed(4)
-    real, calls_left = getattr(owner, name), [10**9]
-
-    def interrupted(*args: object, **kwargs: object) -> object:
-        calls_left[0] -= 1
-        if calls_left[0] == 0 and when == "before":
-            raise KeyboardInterrupt
-        result = real(*args, **kwargs)
-        if calls_left[0] == 0:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(owner, name, interrupted)
+    interruption = Interruption(monkeypatch, owner, name, when)
     num_interrupted = 0
     for world in worlds[:3]:
         for num_slots in (1, 4):
             with running(world, rng, num_slots=num_slots) as engine:
                 engine.cache.policy = LRUPolicy()
                 for _ in range(8):
-                    calls_left[0] = rng.randint(1, 8)
+                    interruption.calls_left = rng.randint(1, 8)
                     forward = Forward.random(world, rng, generator)
                     try:
                         forward.check(world, engine)
                     except KeyboardInterrupt:
                         num_interrupted += 1
-                    calls_left[0] = 10**9
+                    interruption.calls_left = NEVER
                     forward.check(world, engine)
                     Forward.random(world, rng, generator).check(world, engine)
     assert num_interrupted > 0

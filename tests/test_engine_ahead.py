@@ -17,6 +17,7 @@ from moe_runtime.errors import ExpertReadError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.ahead_line import AheadLine
 from moe_runtime.scheduling.prefetch import PrefetchLedger
+from tests.interruption import NEVER, Interruption
 from tests.test_engine import (
     NUM_LAYERS,
     Forward,
@@ -163,30 +164,19 @@ def test_interrupt_between_steps_of_reading_ahead(
 ) -> None:
     """Law: an interrupt before or after any step leaves the engine right."""
     rng, generator = random.Random(24), torch.Generator().manual_seed(24)
-    real, calls_left = getattr(owner, name), [10**9]
-
-    def interrupted(*args: object, **kwargs: object) -> object:
-        calls_left[0] -= 1
-        if calls_left[0] == 0 and when == "before":
-            raise KeyboardInterrupt
-        result = real(*args, **kwargs)
-        if calls_left[0] == 0:
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(owner, name, interrupted)
+    interruption = Interruption(monkeypatch, owner, name, when)
     num_interrupted = 0
     for world in worlds[:3]:
         with running(world, rng, num_slots=4, shuffled=False) as engine:
             engine.cache.policy = LRUPolicy()
             engine.planner = RandomPlanner(world, engine, rng)
             for _ in range(16):
-                calls_left[0] = rng.choice([1, 1, 2, 4])
+                interruption.calls_left = rng.choice([1, 1, 2, 4])
                 try:
                     Forward.random(world, rng, generator).check(world, engine)
                 except KeyboardInterrupt:
                     num_interrupted += 1
-                calls_left[0] = 10**9
+                interruption.calls_left = NEVER
                 Forward.random(world, rng, generator).check(world, engine)
     assert num_interrupted > 0 or name in TIMED
 
