@@ -74,3 +74,7 @@ class MissingPackageError(MoERuntimeError, ImportError):
 
 class PlacementError(MoERuntimeError, ValueError):
     """A placement, or the problem it should solve, is damaged, contradictory or infeasible."""
+
+
+class ParallelError(MoERuntimeError, RuntimeError):
+    """Ranks cannot meet, disagree, or have lost each other."""

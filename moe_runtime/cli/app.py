@@ -131,6 +131,9 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
             "kernels": LazyCommand(
                 "moe_runtime.cli.bench_kernels", "kernels", "Compute experts in memory."
             ),
+            "parallel": LazyCommand(
+                "moe_runtime.cli.bench_parallel", "parallel", "Count bytes between ranks."
+            ),
         },
     ),
 }

@@ -1,6 +1,7 @@
 """`moe-runtime generate`: text from a model whose experts do not fit in memory."""
 
 import random
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,9 +10,11 @@ from moe_runtime.cli.options import (
     MEMORY_PANEL,
     MODEL_PANEL,
     OUTPUT_PANEL,
+    RANKS_PANEL,
     TEXT_PANEL,
     Chat,
     DeviceOption,
+    DispatchOption,
     Dtype,
     DtypeOption,
     ExpertDtype,
@@ -31,11 +34,12 @@ from moe_runtime.cli.options import (
     Revision,
     Seed,
     Temperature,
+    TimeoutSeconds,
     TrustRemoteCode,
 )
 from moe_runtime.cli.prompts import read_prompts
 from moe_runtime.cli.terminal import Terminal
-from moe_runtime.errors import BudgetError
+from moe_runtime.errors import BudgetError, ParallelError
 from moe_runtime.expert_memory import ExpertMemory
 
 EPILOG = """Examples:
@@ -43,6 +47,8 @@ EPILOG = """Examples:
 moe-runtime generate ./model --prompt "def read(" --expert-memory 33%
 
 moe-runtime generate org/name --prompts questions.jsonl --chat --temperature 0.7 --json
+
+torchrun --nproc-per-node 4 -m moe_runtime generate ./model --dispatch auto --prompts FILE --json
 """
 
 
@@ -137,6 +143,17 @@ def generate(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = False,
+    placement: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Which rank holds which expert, as `placement solve` writes it; without it, equal "
+            "parts in the order of their numbers.",
+            rich_help_panel=RANKS_PANEL,
+        ),
+    ] = None,
+    dispatch: DispatchOption = None,
+    timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts, one after the other, with experts read from disk into a bounded cache."""
@@ -145,9 +162,11 @@ def generate(
     limits = _parse_limits(max_memory or [])
     terminal = Terminal(as_json=as_json)
     with terminal.waiting("starting"):
+        from moe_runtime.cli.generate_parallel import generate_on_ranks_and_show
         from moe_runtime.cli.generation_view import generate_and_show
         from moe_runtime.measure.decoding import Decoding
         from moe_runtime.measure.generation import GenerationRequest
+        from moe_runtime.parallel.world import started_ranks
     request = GenerationRequest(
         model=model,
         prompts=texts,
@@ -176,7 +195,19 @@ def generate(
         trust_remote_code=trust_remote_code,
         chat=chat,
         check=check,
+        placement=None if placement is None else str(placement),
+        dispatch=dispatch,
+        timeout_seconds=timeout_seconds,
     )
+    if request.is_parallel:
+        generate_on_ranks_and_show(request, terminal)
+        return
+    num_started = started_ranks() or 1
+    if num_started > 1:
+        raise ParallelError(
+            f"torchrun started {num_started} ranks, and each would run every prompt on the whole "
+            "model; share the experts with --dispatch auto or --placement FILE, or start one rank"
+        )
     generate_and_show(request, terminal)
 
 

@@ -9,6 +9,7 @@ MODEL_PANEL = "Model"
 MEMORY_PANEL = "Memory"
 TEXT_PANEL = "Text"
 OUTPUT_PANEL = "Output"
+RANKS_PANEL = "Several ranks, under torchrun"
 
 
 class Dtype(StrEnum):
@@ -50,6 +51,14 @@ class Miss(StrEnum):
     AUTO = "auto"
     COPY = "copy"
     CPU = "cpu"
+
+
+class Dispatch(StrEnum):
+    """What moves tokens between ranks."""
+
+    AUTO = "auto"
+    ALLTOALL = "alltoall"
+    ALLREDUCE = "allreduce"
 
 
 Model = Annotated[
@@ -156,5 +165,21 @@ ExpertDtypeOption = Annotated[
         help="Round bfloat16 experts to int8 or int4 when they are read: lossy; twice or 3.5 times "
         "as many fit in memory. auto keeps every bit.",
         rich_help_panel=MEMORY_PANEL,
+    ),
+]
+DispatchOption = Annotated[
+    Dispatch | None,
+    typer.Option(
+        help="Share the experts among the ranks, and move tokens to them: once to each rank that "
+        "holds one of their experts, all to all ranks, or what moves fewer bytes.",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+TimeoutSeconds = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="How long a rank waits for the others before it gives up; 300 unless told.",
+        rich_help_panel=RANKS_PANEL,
     ),
 ]

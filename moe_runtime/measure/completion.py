@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from moe_runtime.measure.decoding import Decoding
@@ -20,7 +20,9 @@ class Completion:
     prompt: Prompt
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop": end of sequence or a stop string; "length": no more tokens allowed
+    # "stop": end of sequence or a stop string; "length": no more tokens allowed; "terminated": the
+    # program was asked to end
+    finish_reason: str
     first_token_seconds: float
     decode_seconds: float  # from the first token to the last
     logits: torch.Tensor | None = None
@@ -44,12 +46,19 @@ def complete(
     *,
     on_text: Callable[[str], None] | None = None,
     keep_logits: bool = False,
+    is_stop_asked: Callable[[], bool] | None = None,
 ) -> Completion:
-    """Run `prompt`; `on_text` gets the text piece by piece as it is written."""
+    """Run `prompt`; `on_text` gets the text piece by piece as it is written.
+
+    `is_stop_asked` is asked at every token whether to end with it.
+    """
     inputs = torch.tensor([prompt.token_ids], device=model.device)
     arguments = decoding.generate_arguments()
     if decoding.stop:
         arguments["tokenizer"] = tokenizer
+    asked = None if is_stop_asked is None else _Asked(is_stop_asked)
+    if asked is not None:
+        arguments["stopping_criteria"] = [asked]
     torch.manual_seed(decoding.seed + prompt.index)
     watch = _Watch(tokenizer, on_text)
     start = time.perf_counter()
@@ -68,7 +77,11 @@ def complete(
         prompt=prompt,
         text=str(text),
         token_ids=token_ids,
-        finish_reason=_finish_reason(model, tokenizer, prompt, decoding, token_ids),
+        finish_reason=(
+            "terminated"
+            if asked is not None and asked.has_stopped
+            else _finish_reason(model, tokenizer, prompt, decoding, token_ids)
+        ),
         first_token_seconds=watch.times[0] - start,
         decode_seconds=watch.times[-1] - watch.times[0],
         logits=torch.cat(output.logits).float().cpu() if keep_logits else None,
@@ -91,6 +104,20 @@ def _finish_reason(
         or any(stop in text for stop in decoding.stop)
     )
     return "stop" if is_stopped else "length"
+
+
+class _Asked(StoppingCriteria):
+    """Ends a generation from outside."""
+
+    def __init__(self, is_stop_asked: Callable[[], bool]) -> None:
+        self._is_stop_asked = is_stop_asked
+        self.has_stopped = False
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.BoolTensor:
+        self.has_stopped = self._is_stop_asked()
+        return torch.full((len(input_ids),), self.has_stopped, device=input_ids.device)  # type: ignore[return-value]
 
 
 class _Watch(BaseStreamer):

@@ -53,6 +53,14 @@ class GenerationRequest:
     trust_remote_code: bool = False
     chat: bool = False
     check: bool = False
+    placement: str | None = None
+    dispatch: str | None = None
+    timeout_seconds: float | None = None
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether ranks are to share the experts."""
+        return self.placement is not None or self.dispatch is not None
 
 
 class Listener(Protocol):
@@ -169,7 +177,7 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
             max_new_tokens=request.decoding.max_new_tokens,
             chat=request.chat,
         )
-        model = _load(request, resolved)
+        model = load_requested(request, resolved)
         load_peak = peak_resident_bytes()
         with closing(handle(model)) as owner:
             listener.on_loaded(owner.placement())
@@ -203,7 +211,8 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
     )
 
 
-def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedModel:
+def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedModel:
+    """The model as the request wants it."""
     return load(
         resolved.folder,
         expert_memory=request.expert_memory,
@@ -219,6 +228,9 @@ def _load(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedMode
         linears=request.linears,
         max_memory=request.max_memory,
         device_map=request.device,
+        placement=request.placement,
+        dispatch=request.dispatch,
+        timeout_seconds=request.timeout_seconds,
         trust_remote_code=request.trust_remote_code,
         dtype=request.dtype,
     )
@@ -306,6 +318,6 @@ def _greedy_in_float32(
     )
     decoding = Decoding(max_new_tokens=request.decoding.max_new_tokens)
     with quiet_transformers(lambda done, total: None):
-        model = _load(wide, resolved)
+        model = load_requested(wide, resolved)
         with closing(handle(model)):
             return [complete(model, tokenizer, one.prompt, decoding) for one in completions]

@@ -51,8 +51,8 @@ class SlotKind:
 class Budget:
     """Slots for experts, and the figures they follow from.
 
-    `expert_total_bytes` are those of all experts as they compute, packed or not; of quantised ones
-    as they are stored, and of the room for one.
+    `num_experts` are those of this process, and `expert_total_bytes` theirs as they compute, packed
+    or not; of quantised ones as they are stored, and of the room for one.
     """
 
     num_slots: int
@@ -73,7 +73,7 @@ class Budget:
 
     @property
     def holds_all(self) -> bool:
-        """Whether every expert of the model has a slot."""
+        """Whether every expert of this process has a slot."""
         return self.num_slots >= self.num_experts
 
 
@@ -165,12 +165,14 @@ def plan_budget(
     expert_slots: str = "auto",
     expert_dtype: str = "auto",
     computes_compact: bool = False,
+    num_held: int | None = None,
 ) -> Budget:
     """Slots within `expert_memory`, and within `max_memory[device]` once dense weights are paid.
 
     `available_bytes` is what is free before the dense weights load. Raises BudgetError, saying the
     floor, when too little is left for the experts of one token, and when the budget exceeds what
-    is free. Under 'auto', packed experts stay packed where a kernel computes from them: more of
+    is free. `num_held` are the experts that this process computes, if not all. Under 'auto',
+    packed experts stay packed where a kernel computes from them: more of
     them fit, and fewer bytes are faster. Elsewhere they are unpacked into slots unless only packed
     ones fit: unpacking at each use costs as much time as the additional hits save.
     """
@@ -181,13 +183,15 @@ def plan_budget(
         expert_dtype=expert_dtype,
         computes_compact=computes_compact,
     )
-    total_bytes = tensor_map.num_experts * tensor_map.slot_bytes
+    num_experts = tensor_map.num_experts if num_held is None else num_held
+    total_bytes = num_experts * tensor_map.slot_bytes
     if isinstance(kinds[0].blobs, ScaledMap):  # '100%' means all of them
         total_bytes += kinds[0].room_bytes
     free = available_bytes - dense_bytes
     free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)
-    floor_bytes = smallest_bytes(kinds, sites)
+    floor = min(floor_slots(sites), num_experts)
+    floor_bytes = min(kind.bytes_of(floor) for kind in kinds)
     remedy = f"expert_memory={floor_bytes}"
     _refuse_unknown_devices(max_memory or {})
     if max_memory is not None and device in max_memory:
@@ -201,7 +205,7 @@ def plan_budget(
     if budget_bytes < floor_bytes:
         raise BudgetError(
             f"{format_bytes(max(budget_bytes, 0))} for experts is below the floor of "
-            f"{format_bytes(floor_bytes)} ({floor_slots(sites)} experts of "
+            f"{format_bytes(floor_bytes)} ({floor} experts of "
             f"{format_bytes(kinds[0].slot_bytes)}, what one token uses in one layer); "
             f"set {remedy} or more"
         )
@@ -211,17 +215,17 @@ def plan_budget(
             f"weights do not fit in the {format_bytes(available_bytes)} that are free; set "
             f"expert_memory={max(free, floor_bytes)} or less, or 'auto'"
         )
-    kind = next(k for k in kinds if k.num_slots(budget_bytes) >= floor_slots(sites))
-    num_slots = min(kind.num_slots(budget_bytes), tensor_map.num_experts)
+    kind = next(k for k in kinds if k.num_slots(budget_bytes) >= floor)
+    num_slots = min(kind.num_slots(budget_bytes), num_experts)
     hitting = sum(site.top_k for site in sites)
-    if num_slots < hitting:
+    if num_slots < min(hitting, num_experts):
         warnings.warn(
             f"{num_slots} expert slots are fewer than the {hitting} that one token uses over all "
             f"layers: nearly every use reads the disk; {format_bytes(kind.bytes_of(hitting))} "
             "would let the cache hit",
             stacklevel=3,
         )
-    return Budget(num_slots, kind, budget_bytes, floor_bytes, total_bytes, tensor_map.num_experts)
+    return Budget(num_slots, kind, budget_bytes, floor_bytes, total_bytes, num_experts)
 
 
 def _refuse_unknown_devices(max_memory: Mapping[int | str, int | str]) -> None:

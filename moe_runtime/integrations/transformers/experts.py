@@ -12,6 +12,7 @@ from moe_runtime.engine import ExpertEngine, Weights
 from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.foresight import Foresight
 from moe_runtime.layer import Dispatch, ExpertAccess, LayerMath
+from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from moe_runtime.tiered_math import TieredMath
@@ -77,6 +78,7 @@ class OffloadedExperts(OffloadedModule):
     _argument_names: tuple[str, ...]
     _foresight: Foresight | None = None
     _tiers: TieredLayers | None  # None: experts are computed on the CPU, from its slots
+    _parallel: ExpertParallel | None  # which moves tokens to the ranks of their experts
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
@@ -90,21 +92,26 @@ class OffloadedExperts(OffloadedModule):
         if needs_grad:
             self._refuse_training()
         with torch.no_grad():
-            if isinstance(self._math, TieredMath):
-                assert self._tiers is not None
-                output = self._tiers.run(
-                    self._layer, self._math, hidden_TD, top_k_index_TK, top_k_weights_TK
-                )
+            if self._parallel is None:
+                output = self.compute(hidden_TD, top_k_index_TK, top_k_weights_TK)
             else:
-                output = self._run_from_slots(hidden_TD, top_k_index_TK, top_k_weights_TK)
+                output = self._parallel.run(
+                    self._layer, hidden_TD, top_k_index_TK, top_k_weights_TK
+                )
         return _without_backward(output, hidden_TD, top_k_weights_TK) if needs_grad else output
 
-    def _run_from_slots(
+    def compute(
         self,
         hidden_TD: torch.Tensor,
         top_k_index_TK: torch.Tensor,
         top_k_weights_TK: torch.Tensor,
     ) -> torch.Tensor:
+        """The weighted sums `[T, D]` over experts of this process; id E asks for none."""
+        if isinstance(self._math, TieredMath):
+            assert self._tiers is not None
+            return self._tiers.run(
+                self._layer, self._math, hidden_TD, top_k_index_TK, top_k_weights_TK
+            )
         dispatch = Dispatch.of(top_k_index_TK, top_k_weights_TK, self._num_experts)
         if not dispatch.experts:
             return torch.zeros_like(hidden_TD)
@@ -112,7 +119,6 @@ class OffloadedExperts(OffloadedModule):
             self._foresight.routed(self._layer, top_k_index_TK)
         with self._engine.open_layer(self._layer, dispatch.experts) as access:
             if self._math is not None:
-                assert not isinstance(self._math, TieredMath)
                 return self._math.run(hidden_TD, dispatch, access)
             return self._run_reference(access, hidden_TD, top_k_index_TK, top_k_weights_TK)
 

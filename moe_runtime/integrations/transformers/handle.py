@@ -32,6 +32,7 @@ from moe_runtime.layer import LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.quantised_map import QuantisedMap
+from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from moe_runtime.tiered_math import TieredMath
@@ -56,7 +57,8 @@ class Handle:
     """Owns the engine of one model. A context manager: leaving it undoes the offload.
 
     `restore()` brings all experts back into the module; `close()` frees slots, threads and files
-    and leaves a model that cannot run. Both may be called twice.
+    and leaves a model that cannot run. Both may be called twice. `parallel` is what a model that
+    was loaded on several ranks shares with them, else None.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class Handle:
         mapped: Mapping[str, MappedTensor],
         device: torch.device,
         spill_folder: Path | None = None,
+        parallel: ExpertParallel | None = None,
     ) -> None:
         self.engine = engine
+        self.parallel = parallel
         self.budget = budget
         self.settings = settings
         self._tiers = TieredLayers(engine) if isinstance(engine, TieredEngine) else None
@@ -189,11 +193,13 @@ class Handle:
                 "unpack": unpack_status() if self.settings.packed_on_disk else None,
                 "experts": self._expert_paths(),
             },
-        }
+        } | ({} if self.parallel is None else {"parallel": self.parallel.report()})
 
     def placement(self) -> str:
         """One line: what lives where."""
         budget = self.budget
+        world = None if self.parallel is None else self.parallel.world
+        share = "" if world is None else f"rank {world.rank} of {world.num_ranks}: "
         where = "all" if budget.holds_all else f"{budget.num_slots}"
         host = ""
         if isinstance(self.engine, TieredEngine):
@@ -207,7 +213,7 @@ class Handle:
         is_worth_saying = self.settings.packed_on_disk or isinstance(kind.blobs, QuantisedMap)
         kept = f"of {kind.name} slots " if is_worth_saying else ""
         return (
-            f"{self.engine.tensor_map.num_experts} experts of {len(self._sites)} layers "
+            f"{share}{budget.num_experts} experts of {len(self._sites)} layers "
             f"({format_bytes(budget.expert_total_bytes)}{stored}) {packed}on disk, "
             f"{host}{where} at a time in {format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
@@ -254,6 +260,8 @@ class Handle:
         self._run_before_close()
         self.engine.close()
         self._remove_spill()
+        if self.parallel is not None:
+            self.parallel.close()
 
     def _run_before_close(self) -> None:
         while self._before_close and not self.engine.is_closed:
@@ -295,11 +303,14 @@ class Handle:
                 _math=math,
                 _num_experts=site.num_experts,
                 _argument_names=argument_names(type(site.module)),
+                _parallel=self.parallel,
                 _engine=self.engine,
                 _layer=layer,
                 _slot_like=slot_like,
                 _tiers=self._tiers,
             )
+            if self.parallel is not None:
+                self.parallel.attach(site.module.compute)  # type: ignore[arg-type]
             return
         for expert, module in enumerate(site.module.children()):
             places = {}

@@ -30,6 +30,7 @@ from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.scaled_layer import is_scaled, scaled_layer
 from moe_runtime.memory.slots import HostSlots, Slots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
+from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_math import TieredMath
 
@@ -119,6 +120,7 @@ def install(
     dense_bytes: int,
     mapped: Mapping[str, MappedTensor] = MappingProxyType({}),
     spill_folder: Path | None = None,
+    parallel: ExpertParallel | None = None,
 ) -> Handle:
     """Open the files, allocate the slots and put offloaded experts in the place of `sites`.
 
@@ -157,6 +159,7 @@ def install(
         mapped=mapped,
         device=device,
         spill_folder=spill_folder,
+        parallel=parallel,
     )
 
 

@@ -31,6 +31,7 @@ from moe_runtime.integrations.transformers.foresee import (
 )
 from moe_runtime.integrations.transformers.install import check_policy, install
 from moe_runtime.integrations.transformers.linears import speed_up_linears
+from moe_runtime.integrations.transformers.ranks import Ranks, check_maths
 from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
@@ -40,6 +41,9 @@ from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.read_tensor import read_scaled, read_tensor
 from moe_runtime.memory.scaled_tensor import ScaledTensor
 from moe_runtime.memory.tensor_map import TensorMap
+from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.world import own_device
+from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
 
 logger = logging.getLogger("moe_runtime")
@@ -61,6 +65,10 @@ def load(
     warm_start: bool | str | Path = True,
     max_memory: Mapping[int | str, int | str] | None = None,
     device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+    mesh: Any = None,
+    placement: str | Path | Placement | None = None,
+    dispatch: str | None = None,
+    timeout_seconds: float | None = None,
     revision: str | None = None,
     subfolder: str = "",
     token: str | bool | None = None,
@@ -99,9 +107,17 @@ def load(
     device in use. On CPU, embeddings that are not tied are mapped, not read: a token touches one
     row, and their memory goes to experts. Other arguments are those of `from_pretrained`.
 
+    On several ranks, `mesh` (a torch DeviceMesh of one dimension; without it, all that torchrun has
+    started), `placement` (a file; without it experts e * G / E on rank e) or `dispatch` ('auto',
+    'alltoall', 'allreduce') shares the experts among them: each rank reads its own, and
+    `expert_memory` is for these. Ranks generate from prompts of their own, in step;
+    `handle(model).parallel.finish()` follows each rank's last. `timeout_seconds` is how long a rank
+    waits for another, where the process group is made here.
+
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
     files), UnsupportedModelError (no experts, otherwise quantised, unknown family), PredictorError
-    (damaged, or of another model) and TypeError (unknown argument).
+    (damaged, or of another model), TypeError (unknown argument), PlacementError (of another model
+    or number of ranks) and ParallelError (ranks that cannot meet or disagree).
     """
     check_policy(policy)
     check_predictor(predictor)
@@ -119,6 +135,8 @@ def load(
     may_shrink = memory == ExpertMemory()
     tiers = TierSettings.parse(host_memory, miss, may_shrink=may_shrink, exact=exact)
     device = single_device(device_map)
+    if any(option is not None for option in (mesh, placement, dispatch)):
+        device = own_device(device)
     resolved = resolve_model(
         model,
         revision=revision,
@@ -130,7 +148,18 @@ def load(
     )
     _refuse_unknown(from_pretrained_kwargs, resolved.config)
     checkpoint = resolved.open_checkpoint()
-    plan = _Plan(checkpoint, memory, max_memory, device, expert_slots, expert_dtype, exact=exact)
+    ranks = Ranks.join(
+        mesh=mesh,
+        placement=placement,
+        dispatch=dispatch,
+        timeout_seconds=timeout_seconds,
+        device=device,
+        exact=exact,
+        predictor=predictor,
+    )
+    plan = _Plan(
+        checkpoint, memory, max_memory, device, expert_slots, expert_dtype, ranks, exact=exact
+    )
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
     wants_info = from_pretrained_kwargs.pop("output_loading_info", False)
     try:
@@ -174,13 +203,15 @@ def load(
         direct=not page_cache,
         dense_bytes=made.dense_bytes,
         mapped=plan.mapped,
+        parallel=made.parallel,
     )
     try:
         if linears:
             speed_up_linears(result)
         origin = Origin.of(resolved.folder, handle)
         foresee(result, handle, predictor, origin)
-        if warm_start:
+        # What another run had in its cache may be another rank's.
+        if warm_start and ranks is None:
             start_warm(handle, None if warm_start is True else Path(warm_start), origin)
     except BaseException:
         handle.close()
@@ -204,6 +235,7 @@ class _Made:
     tensor_map: TensorMap
     budget: Budget
     dense_bytes: int
+    parallel: ExpertParallel | None
 
 
 class _Plan:
@@ -217,11 +249,13 @@ class _Plan:
         device: torch.device,
         expert_slots: str,
         expert_dtype: str,
+        ranks: Ranks | None,
         *,
         exact: bool,
     ) -> None:
         self._expert_slots = expert_slots
         self._expert_dtype = expert_dtype
+        self._ranks = ranks
         self._exact = exact
         self.made: _Made | None = None
         self.mapped: dict[str, MappedTensor] = {}  # by name, as they are read
@@ -239,23 +273,30 @@ class _Plan:
         maths = choose_maths(found.sites, found.dtypes, self._device, exact=self._exact)
         if self._expert_dtype != "auto":
             _refuse_columns(found.sites, self._expert_dtype)
+        parallel, num_neighbours = None, 1
+        if self._ranks is not None:
+            check_maths(found.sites, maths)
+            settings = {"slots": self._expert_slots, "expert dtype": self._expert_dtype}
+            parallel = self._ranks.share(found, self._checkpoint, settings)
+            num_neighbours = self._ranks.world.num_neighbours
         budget = plan_budget(
             self._memory,
             found.tensor_map,
             found.sites,
             dense_bytes=found.dense_bytes - (0 if accelerated else found.lookup_bytes),
-            available_bytes=device_available_bytes(self._device),
+            available_bytes=device_available_bytes(self._device) // num_neighbours,
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
             expert_slots=self._expert_slots,
             expert_dtype=self._expert_dtype,
             computes_compact=computes_compact(maths),
+            num_held=None if parallel is None else parallel.plan.num_held,
         )
         for site in found.sites:
             _empty(site)
         self._scaled_dtypes = found.scaled_dtypes
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-        self.made = _Made(found.sites, maths, found.tensor_map, budget, found.dense_bytes)
+        self.made = _Made(found.sites, maths, found.tensor_map, budget, found.dense_bytes, parallel)
         lookups = () if accelerated else found.lookup_names
         return {
             name: _LazyTensor(partial(self._map if name in lookups else self._read, name))

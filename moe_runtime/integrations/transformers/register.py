@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from moe_runtime.engine import Weights
 from moe_runtime.fast_layer import MAX_KERNEL_ROWS, FastMath
+from moe_runtime.integrations.transformers.ep_implementation import register_ep_implementation
 from moe_runtime.integrations.transformers.experts import reference_forward
 from moe_runtime.integrations.transformers.fast import fast_math
 from moe_runtime.integrations.transformers.in_memory import InMemory
@@ -35,8 +36,11 @@ def register() -> None:
     kernels cannot (on CPU transposed weights, biases and norms behind experts; training; another
     device), a layer runs grouped_mm, which is logged once for each reason. `experts_path(model)`
     names what runs.
+    Where transformers has the seam (5.23 does), `DistributedConfig(ep_implementation=
+    "moe_runtime")` works too.
     """
     ALL_EXPERTS_FUNCTIONS.register(NAME, ResidentExperts())
+    register_ep_implementation(NAME)
 
 
 def experts_path(model: nn.Module) -> str:

@@ -1,0 +1,135 @@
+"""`moe-runtime bench parallel`: bytes that ranks exchange for the routing of a trace."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from moe_runtime.cli.options import Json, TimeoutSeconds
+from moe_runtime.cli.placement_data import split_traces
+from moe_runtime.cli.placement_options import HoldOut
+from moe_runtime.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from moe_runtime.measure.bench.rank_traffic import TrafficRow
+
+EPILOG = """Examples:
+
+torchrun --nproc-per-node 4 -m moe_runtime bench parallel T.npz --model-dim 2880
+
+torchrun --nproc-per-node 4 -m moe_runtime bench parallel T.npz --placement p.json --top-k 2 --json
+"""
+
+
+def parallel(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A routing trace, .npz.")],
+    placement: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Beside equal parts, this placement. May be given several times."
+        ),
+    ] = None,
+    model_dim: Annotated[
+        int, typer.Option(min=1, help="Numbers of a hidden state, of two bytes each.")
+    ] = 2880,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Only each token's first experts, so many of them.")
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(metavar="LIST", help="Tokens a rank in one forward.")
+    ] = "1,16,256",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many tokens of the trace for the formulas.")
+    ] = 16384,
+    sent_tokens: Annotated[
+        int, typer.Option(min=1, help="About so many of them are sent between the ranks as well.")
+    ] = 64,
+    hold_out: HoldOut = 0.2,
+    timeout_seconds: TimeoutSeconds = None,
+    as_json: Json = False,
+) -> None:
+    """Replay routing on all ranks and count what leaves each, beside what formulas say.
+
+    Of the trace only the part is used that `placement solve` with the same --hold-out never saw.
+    Bytes, not seconds: processes of one machine say nothing about a network's time.
+    """
+    sizes = _sizes(tokens)
+    terminal = Terminal(as_json=as_json)
+    is_first = os.environ.get("RANK", "0") == "0"
+    with terminal.waiting("starting"):
+        from moe_runtime.measure.bench.rank_traffic import Replay, measure_traffic, routing_of
+        from moe_runtime.parallel.plan import check_placement, linear_placement
+        from moe_runtime.parallel.world import World
+        from moe_runtime.placement_map import Placement
+        from moe_runtime.trace import Trace
+
+        loaded = Trace.load(trace, leave_out=("weights", "gate_probs", "hidden"))
+        held_out = split_traces(terminal, [loaded], hold_out).held_out
+        judged = held_out[0] if held_out else loaded
+        routing = routing_of(judged.topk, top_k=top_k, source=f"trace {trace}")
+        given = {file.name: Placement.load(file) for file in placement or []}
+        world = World.join(timeout_seconds=timeout_seconds)
+    is_together = False
+    try:
+        shape = {"num_experts": loaded.num_experts, "num_layers": loaded.num_layers}
+        linear = linear_placement(model=loaded.model, num_ranks=world.num_ranks, **shape)
+        for found in given.values():
+            check_placement(found, num_ranks=world.num_ranks, **shape)
+        replay = Replay(
+            topk=routing,
+            num_experts=loaded.num_experts,
+            num_ranks=world.num_ranks,
+            model_dim=model_dim,
+        )
+        with terminal.progress("counting") as meter:
+            rows = measure_traffic(
+                world.ledger,
+                replay,
+                {"equal parts": linear, **given},
+                tokens_per_rank=sizes,
+                max_tokens=max_tokens,
+                sent_tokens=sent_tokens,
+                on_progress=meter.update if is_first else lambda done, total: None,
+            )
+        is_together = True
+    finally:
+        world.close(orderly=is_together)
+    if is_first:
+        _show(terminal, rows, trace, world.num_ranks, replay.topk.shape[2], model_dim)
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = [int(word) if word.strip().isdigit() else 0 for word in text.split(",")]
+    if not all(sizes):
+        raise typer.BadParameter(f"--tokens {text!r} is no list of numbers above 0; write 1,16,256")
+    return sizes
+
+
+def _show(
+    terminal: Terminal, rows: "list[TrafficRow]", trace: Path, ranks: int, top_k: int, dim: int
+) -> None:
+    from dataclasses import asdict
+
+    if terminal.as_json:
+        facts = {"trace": str(trace), "ranks": ranks, "top_k": top_k, "model_dim": dim}
+        terminal.show_json({**facts, "rows": [asdict(row) for row in rows]})
+        return
+    title = f"{trace.name}, top-{top_k}, {ranks} ranks, hidden states of {dim} x 2 bytes"
+    table = Table(title=title, title_justify="left")
+    for name in ("tokens a rank", "placement", "dispatcher"):
+        table.add_column(name)
+    for name in ("bytes a token and layer", "ratio", "counted", "by formula"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            f"{row.tokens_per_rank}",
+            row.placement,
+            row.dispatcher,
+            f"{row.bytes_per_token_layer:.0f}",
+            f"{row.ratio:.3f}",
+            "" if row.counted_bytes is None else f"{row.counted_bytes}",
+            "" if row.counted_formula_bytes is None else f"{row.counted_formula_bytes}",
+        )
+    terminal.show(table)

@@ -1,0 +1,92 @@
+"""Shows a generation that several ranks ran together; rank 0 speaks for all."""
+
+import os
+from pathlib import Path
+
+import typer
+from rich.table import Table
+
+from moe_runtime.cli.terminal import Terminal
+from moe_runtime.expert_memory import format_bytes
+from moe_runtime.measure.completion import Completion
+from moe_runtime.measure.generation import GenerationRequest
+from moe_runtime.measure.parallel_generation import ParallelGeneration, run_parallel_generation
+from moe_runtime.measure.prompt import Prompt
+
+_TERMINATED = 143  # 128 + SIGTERM, as shells count
+
+
+def generate_on_ranks_and_show(request: GenerationRequest, terminal: Terminal) -> None:
+    """Run `request` with the other ranks; rank 0 writes texts and figures, in input order."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    with terminal.warnings_as_remarks():
+        generation = run_parallel_generation(request, _View(request, terminal))
+    if is_first and terminal.as_json:
+        terminal.show_json(generation.as_dict())
+    elif is_first:
+        for result in generation.results:
+            terminal.write(f"\n{result['prompt']}", style="bold cyan")
+            terminal.write(f"{result['text']}\n")
+        terminal.write("\n")
+        terminal.show(_figures(generation))
+    if generation.is_terminated:
+        raise typer.Exit(_TERMINATED)
+
+
+class _View:
+    """Says on stderr what each rank holds, and which prompts its context cuts short."""
+
+    def __init__(self, request: GenerationRequest, terminal: Terminal) -> None:
+        self._request = request
+        self._terminal = terminal
+
+    def on_loading(self, done: int, total: int) -> None:
+        pass
+
+    def on_loaded(self, placement: str) -> None:
+        self._terminal.remark(f"{Path(self._request.model).name}: {placement}")
+
+    def on_prompt(self, prompt: Prompt) -> None:
+        wanted = self._request.decoding.max_new_tokens
+        if prompt.max_new_tokens < wanted:
+            self._terminal.warn(
+                f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, so the model's context "
+                f"has room for {prompt.max_new_tokens} new ones, not {wanted}"
+            )
+
+    def on_text(self, text: str) -> None:
+        pass
+
+    def on_completion(self, completion: Completion) -> None:
+        pass
+
+    def on_check(self) -> None:
+        pass
+
+
+def _figures(generation: ParallelGeneration) -> Table:
+    traffic = generation.traffic()
+    table = Table(show_header=False)
+    table.add_row("new tokens", f"{generation.num_tokens} for {len(generation.results)} prompts")
+    table.add_row("ranks", f"{traffic['ranks']} on {traffic['nodes']} node(s)")
+    chosen = traffic["chosen"]
+    said = "" if chosen is None else "".join(f", {n} {name}" for name, n in chosen.items())
+    table.add_row("dispatch", f"{traffic['dispatch']}{said}")
+    for rank, one in enumerate(generation.by_rank):
+        cache, memory = one["report"]["cache"], one["report"]["memory"]
+        hits = cache["hit_rate"]
+        table.add_row(
+            f"rank {rank}",
+            f"{traffic['experts_held'][rank]} experts, "
+            f"{format_bytes(memory['expert_total_bytes'])}, {cache['slots']} slots, "
+            f"{'no use' if hits is None else f'{hits:.1%} hits'}, read "
+            f"{format_bytes(cache['bytes_read'])}, sent "
+            f"{format_bytes(sum(traffic['bytes'][rank]))}",
+        )
+    table.add_row(
+        "moved by MoE layers",
+        f"{format_bytes(traffic['moe_bytes'])} counted, "
+        f"{format_bytes(traffic['moe_predicted_bytes'])} by formula",
+    )
+    table.add_row("between nodes", format_bytes(traffic["bytes_between_nodes"]))
+    return table

@@ -1,0 +1,148 @@
+"""The ranks that load one model together: which experts each takes, and whether they agree."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_runtime import __version__
+from moe_runtime.errors import ParallelError, UnsupportedModelError
+from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.integrations.transformers.survey import Survey
+from moe_runtime.layer import LayerMath
+from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.parallel.expert_parallel import DISPATCHES, ExpertParallel
+from moe_runtime.parallel.plan import ExpertPlan, check_placement, linear_placement
+from moe_runtime.parallel.world import World, check_agreement, started_ranks
+from moe_runtime.placement_map import Placement
+from moe_runtime.tiered_math import TieredMath
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """What `load()` was told about expert parallelism, once this rank has met the others."""
+
+    world: World
+    placement: Placement | None
+    dispatch: str
+
+    @classmethod
+    def join(
+        cls,
+        *,
+        mesh: Any,
+        placement: str | Path | Placement | None,
+        dispatch: str | None,
+        timeout_seconds: float | None,
+        device: torch.device,
+        exact: bool,
+        predictor: str | Path,
+    ) -> "Ranks | None":
+        """Meet the others if any option asks for it. Raises ParallelError and PlacementError."""
+        if mesh is None and placement is None and dispatch is None:
+            if timeout_seconds is not None:
+                raise ParallelError(
+                    "timeout_seconds has no effect on one process; give mesh=, placement= or "
+                    "dispatch= too"
+                )
+            return None
+        if dispatch is not None and dispatch not in DISPATCHES:
+            raise ValueError(
+                f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}"
+            )
+        if exact:
+            raise ParallelError(
+                "exact=True promises the bits of one process, and ranks add up partial sums in "
+                "another order; leave out exact, mesh, placement and dispatch as you need"
+            )
+        if predictor != "off":
+            raise ParallelError(
+                f"predictor={str(predictor)!r} reads ahead from all experts of the model, and a "
+                "rank holds a part; leave out predictor, or mesh, placement and dispatch"
+            )
+        if placement is not None and not isinstance(placement, Placement):
+            placement = Placement.load(placement)
+        started = started_ranks()
+        num_ranks = mesh.size() if mesh is not None else started
+        if placement is not None and num_ranks is not None and placement.gpus != num_ranks:
+            check_placement(
+                placement,
+                num_experts=placement.num_experts,
+                num_layers=placement.num_layers,
+                num_ranks=num_ranks,
+            )
+        world = World.join(mesh, device=device, timeout_seconds=timeout_seconds)
+        return cls(world=world, placement=placement, dispatch=dispatch or "auto")
+
+    def share(
+        self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
+    ) -> ExpertParallel:
+        """This rank's part of the experts; compares every rank's model and `settings`; collective.
+
+        Raises PlacementError, ParallelError and UnsupportedModelError, and leaves the others then.
+        """
+        try:
+            check_agreement(self.world.ledger, self._facts(found, checkpoint, settings))
+            return ExpertParallel(self.world, self._plan(found.sites), self.dispatch)
+        except BaseException:
+            self.world.close(orderly=False)
+            raise
+
+    def _plan(self, sites: list[ExpertSite]) -> ExpertPlan:
+        sizes = sorted({site.num_experts for site in sites})
+        if len(sizes) > 1:
+            raise UnsupportedModelError(
+                f"MoE layers have {sizes} experts; expert parallelism needs equally many in each"
+            )
+        world, placement = self.world, self.placement
+        if placement is None:
+            placement = linear_placement(
+                model="",
+                num_experts=sizes[0],
+                num_layers=len(sites),
+                num_ranks=world.num_ranks,
+                num_nodes=world.ledger.num_nodes,
+            )
+        check_placement(
+            placement, num_experts=sizes[0], num_layers=len(sites), num_ranks=world.num_ranks
+        )
+        return ExpertPlan.of(placement, world.rank)
+
+    def _facts(
+        self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
+    ) -> dict[str, str]:
+        config = json.dumps(found.model.config.to_dict(), sort_keys=True, default=str)
+        tensors = [(n, t.dtype, tuple(t.shape), t.offset) for n, t in sorted(checkpoint.items())]
+        placement = self.placement
+        slots = b"none" if placement is None else placement.slots.tobytes()
+        nodes = 1 if placement is None else placement.nodes
+        facts: dict[str, object] = {
+            "moe_runtime version": __version__,
+            "torch version": torch.__version__,
+            "world size": started_ranks() or self.world.num_ranks,
+            "model config": _digest(config.encode()),
+            "checkpoint": _digest(repr(tensors).encode()),
+            "dtype": next(iter(found.dtypes.values())),
+            "placement": _digest(slots + str(nodes).encode()),
+            "dispatch": self.dispatch,
+        }
+        return {name: str(value) for name, value in (facts | dict(settings)).items()}
+
+
+def check_maths(sites: list[ExpertSite], maths: list[LayerMath | TieredMath | None]) -> None:
+    """Raise UnsupportedModelError where experts cannot be computed apart from their module."""
+    for site, math in zip(sites, maths, strict=True):
+        if not site.is_fused or math is None:
+            raise UnsupportedModelError(
+                f"{site.name} runs a forward of its own, which asks for every expert that a token "
+                "uses; expert parallelism needs experts of transformers' common interface "
+                "(docs/families.md): leave out mesh, placement and dispatch"
+            )
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""Prompts shared out among the ranks that run one model together."""
+
+import hashlib
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_runtime.errors import ParallelError
+from moe_runtime.integrations.transformers.handle import handle
+from moe_runtime.integrations.transformers.progress import quiet_transformers
+from moe_runtime.integrations.transformers.resolve import resolve_model
+from moe_runtime.measure.completion import complete
+from moe_runtime.measure.decoding import Decoding
+from moe_runtime.measure.generation import GenerationRequest, Listener, load_requested
+from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
+from moe_runtime.measure.prompt import Prompt, encode_prompts, load_tokenizer
+from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.world import check_agreement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelGeneration:
+    """What all ranks made of a request; every rank has all of it."""
+
+    request: GenerationRequest
+    by_rank: list[dict[str, Any]]  # results, report and resident memory of each rank
+    num_prompts: int
+    rank: int
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """In the order of the prompts; those that a stop left out are absent."""
+        found = [result for rank in self.by_rank for result in rank["results"]]
+        return sorted(found, key=lambda result: int(result["index"]))
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all prompts."""
+        return sum(len(result["token_ids"]) for result in self.results)
+
+    @property
+    def is_terminated(self) -> bool:
+        """Whether a rank was asked to stop before all was done."""
+        reasons = {result["finish_reason"] for result in self.results}
+        return "terminated" in reasons or len(self.results) < self.num_prompts
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        request = asdict(self.request)
+        del request["prompts"]
+        decoding = request.pop("decoding")
+        first = self.by_rank[0]["report"]
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        return {
+            "results": self.results,
+            "is_terminated": self.is_terminated,
+            "parallel": self.traffic(),
+            "ranks": [
+                {
+                    "rank": rank,
+                    "prompts": len(one["results"]),
+                    "cache": one["report"]["cache"],
+                    "memory": one["report"]["memory"] | one["resident"],
+                }
+                for rank, one in enumerate(self.by_rank)
+            ],
+            "settings": request | decoding | first["settings"] | {"versions": versions},
+        }
+
+    def traffic(self) -> dict[str, Any]:
+        """Bytes and messages from rank (row) to rank (column), and sums over ranks."""
+        reports = [one["report"]["parallel"] for one in self.by_rank]
+        first = reports[0]
+        sums = (
+            "moe_bytes",
+            "moe_predicted_bytes",
+            "bytes_within_node",
+            "bytes_between_nodes",
+        )
+        return {
+            **{name: first[name] for name in ("ranks", "nodes", "dispatch", "chosen", "forwards")},
+            "experts_held": [report["experts_held"] for report in reports],
+            "bytes": [report["bytes_to_rank"] for report in reports],
+            "messages": [report["messages_to_rank"] for report in reports],
+            "per_layer_bytes": [
+                sum(of_layer)
+                for of_layer in zip(*(r["per_layer_bytes"] for r in reports), strict=True)
+            ],
+            **{name: sum(report[name] for report in reports) for name in sums},
+        }
+
+
+def run_parallel_generation(request: GenerationRequest, listener: Listener) -> ParallelGeneration:
+    """Load this rank's share of the experts, run its share of the prompts, gather all results.
+
+    Prompt i runs on rank i modulo the number of ranks; every rank calls this with the same request.
+    SIGTERM lets each rank end at its next token, on all ranks, with what was written so far.
+    """
+    if request.check:
+        raise ParallelError(
+            "a check compares one process with the unmodified model, and ranks share this one; "
+            "leave out --check, or --placement and --dispatch"
+        )
+    after_imports = resident_bytes()
+    resolved = resolve_model(
+        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
+    )
+    with quiet_transformers(listener.on_loading):
+        tokenizer = load_tokenizer(resolved.folder, trust_remote_code=request.trust_remote_code)
+        prompts = encode_prompts(
+            request.prompts,
+            tokenizer,
+            resolved.config,
+            max_new_tokens=request.decoding.max_new_tokens,
+            chat=request.chat,
+        )
+        model = load_requested(request, resolved)
+        owner = handle(model)
+        parallel = owner.parallel
+        assert parallel is not None
+        with closing(owner), _stop_on_sigterm(parallel):
+            listener.on_loaded(owner.placement())
+            request = _agree(parallel, request)
+            rank, num_ranks = parallel.world.rank, parallel.world.num_ranks
+            results = _complete_mine(
+                model, tokenizer, prompts[rank::num_ranks], request.decoding, parallel, listener
+            )
+            parallel.finish()
+            mine = {
+                "results": results,
+                "report": owner.report(),
+                "resident": {
+                    "rss_after_imports_bytes": after_imports,
+                    "peak_rss_bytes": peak_resident_bytes(),
+                },
+            }
+            texts = parallel.world.ledger.gather_texts(json.dumps(mine))
+    return ParallelGeneration(
+        request=request,
+        by_rank=[json.loads(text) for text in texts],
+        num_prompts=len(prompts),
+        rank=rank,
+    )
+
+
+def _agree(parallel: ExpertParallel, request: GenerationRequest) -> GenerationRequest:
+    """The same prompts and settings on all ranks; the seed is that of rank 0."""
+    ledger = parallel.world.ledger
+    seed = int(ledger.gather_texts(str(request.decoding.seed))[0])
+    request = replace(request, decoding=replace(request.decoding, seed=seed))
+    prompts = hashlib.sha256(json.dumps(list(request.prompts)).encode()).hexdigest()
+    facts = {"prompts": prompts[:16], "generation settings": repr(request.decoding)}
+    check_agreement(ledger, facts)
+    return request
+
+
+def _complete_mine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    parallel: ExpertParallel,
+    listener: Listener,
+) -> list[dict[str, Any]]:
+    results = []
+    for prompt in prompts:
+        if parallel.is_stop_asked:
+            break
+        listener.on_prompt(prompt)
+        completion = complete(
+            model, tokenizer, prompt, decoding, is_stop_asked=lambda: parallel.is_stop_asked
+        )
+        listener.on_completion(completion)
+        results.append(completion.as_dict() | {"rank": parallel.world.rank})
+    return results
+
+
+@contextmanager
+def _stop_on_sigterm(parallel: ExpertParallel) -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        parallel.ask_to_stop()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

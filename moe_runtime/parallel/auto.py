@@ -1,0 +1,60 @@
+"""Chooses between dispatchers, layer by layer, by the bytes that each would move."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moe_runtime.parallel.allreduce import AllReduceDispatcher, AllReduceState
+from moe_runtime.parallel.alltoall import AllToAllDispatcher, AllToAllState, Visits
+from moe_runtime.parallel.dispatcher import Rows
+from moe_runtime.parallel.ledger import Ledger
+from moe_runtime.parallel.plan import ExpertPlan
+from moe_runtime.parallel.traffic import COUNT_BYTES, allreduce_bytes, alltoall_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AutoState:
+    """Which dispatcher was chosen is told by the state that it made."""
+
+    chosen: AllToAllState | AllReduceState
+
+
+class AutoDispatcher:
+    """Every rank learns all counts, so every rank makes the same choice.
+
+    Equal bytes go to allreduce, whose equal parts cost less to prepare.
+    """
+
+    name = "auto"
+
+    def __init__(self, plan: ExpertPlan, ledger: Ledger) -> None:
+        self._plan = plan
+        self._ledger = ledger
+        self._alltoall = AllToAllDispatcher(plan, ledger)
+        self._allreduce = AllReduceDispatcher(plan, ledger)
+        self.chosen = {AllToAllDispatcher.name: 0, AllReduceDispatcher.name: 0}
+
+    def dispatch(self, layer: int, rows: Rows, tokens_by_rank: list[int]) -> tuple[Rows, AutoState]:
+        """Counts of all pairs of ranks, then what the chosen one does."""
+        num_ranks = self._plan.num_ranks
+        visits = Visits.of(self._plan, layer, rows.index)
+        mine = torch.tensor(visits.counts, dtype=torch.int32, device=self._ledger.device)
+        self._ledger.expect(layer, [num_ranks * COUNT_BYTES] * num_ranks)
+        counts = np.array(self._ledger.all_gather(layer, mine).tolist())  # sync: host splits
+        size = rows.row_bytes()
+        alltoall = alltoall_bytes(counts, size) - COUNT_BYTES * (1 - np.eye(num_ranks, dtype=int))
+        if allreduce_bytes(np.array(tokens_by_rank), size).sum() <= alltoall.sum():
+            self.chosen[AllReduceDispatcher.name] += 1
+            here, state = self._allreduce.dispatch(layer, rows, tokens_by_rank)
+            return here, AutoState(state)
+        self.chosen[AllToAllDispatcher.name] += 1
+        column = counts[:, self._plan.rank].tolist()
+        here, sent = self._alltoall.send(layer, rows, visits, column)
+        return here, AutoState(sent)
+
+    def combine(self, output_RD: torch.Tensor, state: AutoState) -> torch.Tensor:
+        """What the chosen one does."""
+        if isinstance(state.chosen, AllToAllState):
+            return self._alltoall.combine(output_RD, state.chosen)
+        return self._allreduce.combine(output_RD, state.chosen)

@@ -1,0 +1,236 @@
+"""One model's experts on several ranks: keeps their forwards in step, layer by layer.
+
+G ranks, T tokens of this rank, K top-k, D model dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moe_runtime.errors import ParallelError
+from moe_runtime.parallel.allreduce import AllReduceDispatcher
+from moe_runtime.parallel.alltoall import AllToAllDispatcher
+from moe_runtime.parallel.auto import AutoDispatcher
+from moe_runtime.parallel.dispatcher import Dispatcher, Rows
+from moe_runtime.parallel.ledger import CONTROL
+from moe_runtime.parallel.local import LocalDispatcher
+from moe_runtime.parallel.plan import ExpertPlan
+from moe_runtime.parallel.world import World
+
+DISPATCHES = ("auto", "alltoall", "allreduce")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# `[T, D]`, `[T, K]`, `[T, K]` -> weighted sum of the experts that are here, `[T, D]`.
+ComputeExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One forward of the ranks that have tokens; the others take part without any."""
+
+    tokens_by_rank: list[int]
+    is_stop_asked: bool
+    empty: Rows  # no rows, in the sizes and dtypes of this forward
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(self.tokens_by_rank)
+
+
+class ExpertParallel:
+    """What experts modules hand their tokens to.
+
+    Ranks run forwards of their own, in step: a forward begins when every rank begins one, or is in
+    `finish()`, where it takes part with no tokens until all ranks are. Layers come in order, each
+    once a forward. Not for several threads.
+    """
+
+    def __init__(self, world: World, plan: ExpertPlan, dispatch: str) -> None:
+        self.world = world
+        self.plan = plan
+        world.ledger.num_nodes = plan.num_nodes
+        self.dispatcher = make_dispatcher(dispatch, world, plan)
+        self._layers: list[ComputeExperts] = []
+        self._step: _Step | None = None
+        self._next_layer = 0
+        self._num_steps = 0
+        self._wants_stop = False
+        self._is_together = True  # whether all ranks are known to stand at the same place
+        self._is_closed = False
+
+    def attach(self, compute: ComputeExperts) -> int:
+        """Add the next MoE layer; returns its number."""
+        self._layers.append(compute)
+        return len(self._layers) - 1
+
+    @property
+    def is_stop_asked(self) -> bool:
+        """Whether a rank had asked to stop when this forward began; the same on all ranks."""
+        return self._step is not None and self._step.is_stop_asked
+
+    def ask_to_stop(self) -> None:
+        """Let every rank hear, at the next forward, that this one should end early."""
+        self._wants_stop = True
+
+    def run(
+        self,
+        layer: int,
+        hidden_TD: torch.Tensor,
+        top_k_index_TK: torch.Tensor,
+        top_k_weights_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        """`[T, D]`: each token's experts, wherever they are."""
+        self._is_together = False
+        rows = Rows(hidden_TD, top_k_index_TK, top_k_weights_TK)
+        if layer == 0:
+            self._begin(rows)
+        step = self._step
+        if step is None or layer != self._next_layer:
+            raise ParallelError(
+                f"rank {self.world.rank} runs MoE layer {layer} where layer {self._next_layer} is "
+                "next; with expert parallelism every forward runs each layer once, in order, so "
+                "after an interrupted one load the model again"
+            )
+        if len(rows) != step.tokens_by_rank[self.world.rank]:
+            raise ParallelError(
+                f"MoE layer {layer} got {len(rows)} tokens and layer 0 "
+                f"{step.tokens_by_rank[self.world.rank]}; expert parallelism needs the same tokens "
+                "in every MoE layer of a forward"
+            )
+        return self._run_layer(layer, rows, step)
+
+    def finish(self) -> None:
+        """Take part in the others' forwards without tokens, until every rank is here; collective.
+
+        To be called by every rank after its last forward, and before `agree` or `close`.
+        """
+        self._require_between_forwards()
+        while True:
+            step = self._agree(None)
+            if step.is_idle:
+                break
+            for layer in range(len(self._layers)):
+                self._run_layer(layer, step.empty, step)
+        self._is_together = True
+
+    def close(self) -> None:
+        """Leave the process group if it was made for this model. Safe to call twice.
+
+        After `finish()` ranks wait for each other here; without it the others are cut off.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self.world.close(orderly=self._is_together)
+
+    def report(self) -> dict[str, Any]:
+        """What this rank sent, by layer and rank; counts are since loading."""
+        ledger = self.world.ledger
+        layers = {n: line for n, line in ledger.sent().items() if n != CONTROL}
+        everything = ledger.sent().values()
+        to_rank = [sum(line.num_bytes[g] for line in everything) for g in range(ledger.num_ranks)]
+        node = ledger.node_of(ledger.rank)
+        within = [ledger.node_of(g) == node for g in range(ledger.num_ranks)]
+        chosen = self.dispatcher.chosen if isinstance(self.dispatcher, AutoDispatcher) else None
+        return {
+            "rank": ledger.rank,
+            "ranks": ledger.num_ranks,
+            "nodes": ledger.num_nodes,
+            "dispatch": self.dispatcher.name,
+            "chosen": chosen,
+            "experts_held": self.plan.num_held,
+            "forwards": self._num_steps,
+            "bytes_to_rank": to_rank,
+            "messages_to_rank": [
+                sum(line.messages[g] for line in everything) for g in range(ledger.num_ranks)
+            ],
+            "bytes_within_node": sum(b for b, near in zip(to_rank, within, strict=True) if near),
+            "bytes_between_nodes": sum(
+                b for b, near in zip(to_rank, within, strict=True) if not near
+            ),
+            "moe_bytes": sum(sum(line.num_bytes) for line in layers.values()),
+            "moe_predicted_bytes": sum(sum(line.predicted_bytes) for line in layers.values()),
+            "per_layer_bytes": [sum(line.num_bytes) for line in layers.values()],
+            "calls": ledger.calls(),
+        }
+
+    def _begin(self, rows: Rows) -> None:
+        self._require_between_forwards()
+        if not len(rows):
+            raise ParallelError("a forward has no tokens; call finish() on a rank that has none")
+        self._agree(rows)
+
+    def _require_between_forwards(self) -> None:
+        if self._next_layer:
+            raise ParallelError(
+                f"the last forward of rank {self.world.rank} ended before MoE layer "
+                f"{self._next_layer}, and the other ranks are behind it; load the model again"
+            )
+
+    def _agree(self, rows: Rows | None) -> _Step:
+        """The next forward, as all ranks have it; `rows` are this rank's, None if it is done."""
+        mine = [0, int(self._wants_stop), 0, 0, 0, 0, 0]
+        if rows is not None:
+            mine = [len(rows), int(self._wants_stop), *_shape_code(rows)]
+        ledger = self.world.ledger
+        sent = torch.tensor(mine, dtype=torch.int32, device=ledger.device)
+        heard = ledger.all_gather(CONTROL, sent).tolist()  # sync: the host plans the forward
+        tokens = [line[0] for line in heard]
+        shapes = {tuple(line[2:]) for line in heard if line[0]}
+        if len(shapes) > 1:
+            raise ParallelError(
+                "ranks disagree on the shape of rows (model dim, top-k and dtypes, as numbers): "
+                f"{sorted(shapes)}; load the same model with the same dtype on every rank"
+            )
+        shape = next(iter(shapes), (0, 0, 0, 0, 0))
+        step = _Step(tokens, any(line[1] for line in heard), _empty_rows(shape, ledger.device))
+        self._step = step
+        self._num_steps += not step.is_idle
+        return step
+
+    def _run_layer(self, layer: int, rows: Rows, step: _Step) -> torch.Tensor:
+        here, state = self.dispatcher.dispatch(layer, rows, step.tokens_by_rank)
+        output = (
+            self._layers[layer](here.hidden, here.index, here.weights) if len(here) else here.hidden
+        )
+        combined = self.dispatcher.combine(output, state)
+        self._next_layer = (layer + 1) % len(self._layers)
+        return combined
+
+
+def make_dispatcher(name: str, world: World, plan: ExpertPlan) -> Dispatcher[Any]:
+    """The dispatcher of that name; that of one process where there is one."""
+    if name not in DISPATCHES:
+        raise ValueError(f"dispatch {name!r} is unknown; choose from {', '.join(DISPATCHES)}")
+    if world.num_ranks == 1:
+        return LocalDispatcher()
+    if name == AutoDispatcher.name:
+        return AutoDispatcher(plan, world.ledger)
+    if name == AllReduceDispatcher.name:
+        return AllReduceDispatcher(plan, world.ledger)
+    return AllToAllDispatcher(plan, world.ledger)
+
+
+def _shape_code(rows: Rows) -> tuple[int, int, int, int, int]:
+    if rows.hidden.dtype not in _DTYPES or rows.weights.dtype not in _DTYPES:
+        raise ParallelError(
+            f"hidden states are {rows.hidden.dtype} and router weights {rows.weights.dtype}; "
+            "expert parallelism moves floats of 16, 32 or 64 bits"
+        )
+    return (
+        rows.hidden.shape[1],
+        rows.index.shape[1],
+        _DTYPES.index(rows.hidden.dtype),
+        _DTYPES.index(rows.weights.dtype),
+        int(rows.index.dtype == torch.int64),
+    )
+
+
+def _empty_rows(shape: tuple[int, ...], device: torch.device) -> Rows:
+    model_dim, top_k, hidden, weights, is_long = shape
+    return Rows(
+        torch.empty((0, model_dim), dtype=_DTYPES[hidden], device=device),
+        torch.empty((0, top_k), dtype=torch.int64 if is_long else torch.int32, device=device),
+        torch.empty((0, top_k), dtype=_DTYPES[weights], device=device),
+    )

@@ -1,0 +1,180 @@
+"""Every collective of expert parallelism, with the bytes and messages that it takes.
+
+G ranks, R rows.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from moe_runtime.errors import ParallelError
+
+CONTROL = -1  # stands for a layer where traffic belongs to none: agreements, results
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent:
+    """What this rank sent for one layer, by destination; what stays on the rank is none."""
+
+    num_bytes: list[int]
+    messages: list[int]
+    predicted_bytes: list[int]
+
+
+class Ledger:
+    """The collectives of one process group, each counted before it runs.
+
+    Bytes are those that leave the rank, by the rank that needs them: an all-gather sends a rank's
+    part to every other, a reduce-scatter sends every other rank the addends of its part. Rings and
+    trees move the same sum of bytes over other pairs. A message is a transfer to one rank in one
+    collective. Beside the counts stand the bytes that dispatchers expect by their formulas.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        *,
+        num_nodes: int = 1,
+        device: torch.device | str = "cpu",
+        timeout_seconds: float | None = None,
+    ) -> None:
+        self.rank = distributed.get_rank(group)
+        self.num_ranks = distributed.get_world_size(group)
+        self.num_nodes = num_nodes
+        self.device = torch.device(device)
+        self._group = group
+        self._waits = f"waits up to {timeout_seconds:g} s" if timeout_seconds else "waits"
+        self._num_bytes: dict[int, list[int]] = defaultdict(lambda: [0] * self.num_ranks)
+        self._messages: dict[int, list[int]] = defaultdict(lambda: [0] * self.num_ranks)
+        self._predicted: dict[int, list[int]] = defaultdict(lambda: [0] * self.num_ranks)
+        self._calls: dict[str, int] = defaultdict(int)
+
+    def all_to_all(
+        self, layer: int, rows: torch.Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> torch.Tensor:
+        """`rows [R, ...]`, by destination, `send[d]` to rank d; returns what came, by source."""
+        received = rows.new_empty((sum(receive), *rows.shape[1:]))
+        row_bytes = rows[:1].numel() * rows.element_size() if len(rows) else 0
+        self._count(layer, [count * row_bytes for count in send])
+        self._run(
+            "all_to_all",
+            layer,
+            lambda: distributed.all_to_all_single(
+                received, rows.contiguous(), list(receive), list(send), group=self._group
+            ),
+        )
+        return received
+
+    def exchange_counts(self, layer: int, counts: Sequence[int]) -> list[int]:
+        """`counts[d]` goes to rank d; returns what every rank counted for this one."""
+        ones = [1] * self.num_ranks
+        sent = torch.tensor(counts, dtype=torch.int32, device=self.device)
+        received: list[int] = self.all_to_all(layer, sent, ones, ones).tolist()  # sync: host splits
+        return received
+
+    def all_gather(self, layer: int, part: torch.Tensor) -> torch.Tensor:
+        """`part [R, ...]` of every rank, equally large on all: `[G, R, ...]`."""
+        gathered = part.new_empty((self.num_ranks * len(part), *part.shape[1:]))
+        self._count(layer, [part.nbytes] * self.num_ranks)
+        self._run(
+            "all_gather",
+            layer,
+            lambda: _either("all_gather_single", "all_gather_into_tensor")(
+                gathered, part.contiguous(), group=self._group
+            ),
+        )
+        return gathered.view(self.num_ranks, *part.shape)
+
+    def reduce_scatter(self, layer: int, parts: torch.Tensor) -> torch.Tensor:
+        """Of `parts [G, R, ...]` the sum over ranks of this rank's own: `[R, ...]`."""
+        summed = torch.empty_like(parts[0])
+        self._count(layer, [parts[0].nbytes] * self.num_ranks)
+        flat = parts.reshape(-1, *parts.shape[2:]).contiguous()
+        self._run(
+            "reduce_scatter",
+            layer,
+            lambda: _either("reduce_scatter_single", "reduce_scatter_tensor")(
+                summed, flat, group=self._group
+            ),
+        )
+        return summed
+
+    def gather_texts(self, text: str) -> list[str]:
+        """The text of every rank, on every rank."""
+        raw = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
+        mine = torch.tensor([len(text.encode())], dtype=torch.int64, device=self.device)
+        lengths = self.all_gather(CONTROL, mine).flatten().tolist()
+        padded = torch.zeros(max(*lengths, 1), dtype=torch.uint8, device=self.device)
+        padded[: lengths[self.rank]] = raw[: lengths[self.rank]].to(self.device)
+        rows = self.all_gather(CONTROL, padded).cpu()
+        return [
+            bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self._run("barrier", CONTROL, lambda: distributed.barrier(group=self._group))
+
+    def expect(self, layer: int, num_bytes: Sequence[int]) -> None:
+        """A formula says that these bytes are about to go to each rank."""
+        self._add(self._predicted, layer, num_bytes)
+
+    def fresh(self) -> "Ledger":
+        """The same group, with nothing counted."""
+        made = Ledger(self._group, num_nodes=self.num_nodes, device=self.device)
+        made._waits = self._waits
+        return made
+
+    def sent(self) -> dict[int, Sent]:
+        """By layer, what this rank has sent; CONTROL is among the layers."""
+        return {
+            layer: Sent(
+                num_bytes=list(self._num_bytes[layer]),
+                messages=list(self._messages[layer]),
+                predicted_bytes=list(self._predicted[layer]),
+            )
+            for layer in sorted(self._num_bytes)
+        }
+
+    def calls(self) -> dict[str, int]:
+        """How often each collective ran."""
+        return dict(self._calls)
+
+    def node_of(self, rank: int) -> int:
+        """Ranks stand in the order of nodes, equally many on each."""
+        return rank * self.num_nodes // self.num_ranks
+
+    def _count(self, layer: int, num_bytes: Sequence[int]) -> None:
+        self._add(self._num_bytes, layer, num_bytes)
+        self._add(self._messages, layer, [int(size > 0) for size in num_bytes])
+
+    def _add(self, book: dict[int, list[int]], layer: int, amounts: Sequence[int]) -> None:
+        line = book[layer]
+        for rank, amount in enumerate(amounts):
+            if rank != self.rank:
+                line[rank] += amount
+
+    def _run(self, name: str, layer: int, collective: Callable[[], object]) -> None:
+        self._calls[name] += 1
+        try:
+            collective()
+        except RuntimeError as error:  # torch has no narrower class for what gloo reports
+            where = "between layers" if layer == CONTROL else f"in MoE layer {layer}"
+            first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+            raise ParallelError(
+                f"rank {self.rank} of {self.num_ranks} lost the others in {name} {where} "
+                f"({first}); a rank {self._waits} for one that died, hangs, or left before "
+                "finish(); see the first error of the other ranks, or raise the time-out"
+            ) from error
+
+
+def _either(name: str, older: str) -> Callable[..., object]:
+    """A collective by its name of torch 2.13, or by the one before."""
+    collective: Callable[..., object] = getattr(distributed, name, None) or getattr(
+        distributed, older
+    )
+    return collective

@@ -1,0 +1,118 @@
+"""What ranks do in tests: load a checkpoint together and continue prompts of their own."""
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+import moe_runtime
+from moe_runtime.expert import ExpertKey
+from moe_runtime.integrations.transformers.ep_implementation import RankExperts
+from moe_runtime.measure.completion import complete
+from moe_runtime.measure.decoding import Decoding
+from moe_runtime.measure.prompt import Prompt, load_tokenizer
+from moe_runtime.placement_map import Placement
+
+Batch = list[list[int]]  # prompts that are equally long, and run together
+
+
+def continue_greedily(model: Any, batches: list[Batch], new_tokens: int) -> list[list[int]]:
+    """New tokens of every prompt."""
+    found = []
+    for batch in batches:
+        inputs = torch.tensor(batch)
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        found += output[:, inputs.shape[1] :].tolist()
+    return found
+
+
+def generate_on_ranks(
+    mesh: DeviceMesh,
+    folder: str,
+    batches_by_rank: list[list[Batch]],
+    new_tokens: int,
+    dispatch: str,
+    placement: Placement | None,
+    expert_memory: str,
+) -> dict[str, Any]:
+    """Tokens of this rank's prompts, its report, and keys that it should never have read."""
+    model = moe_runtime.load(
+        folder,
+        mesh=mesh,
+        dispatch=dispatch,
+        placement=placement,
+        expert_memory=expert_memory,
+        dtype=torch.float32,
+    )
+    handle = moe_runtime.handle(model)
+    assert handle.parallel is not None
+    tokens = continue_greedily(model, batches_by_rank[mesh.get_local_rank()], new_tokens)
+    handle.parallel.finish()
+    held = handle.parallel.plan.held
+    strangers = [
+        (layer, expert)
+        for layer, expert in zip(*(~held).nonzero(), strict=True)
+        if ExpertKey(int(layer), int(expert)) in handle.engine.cache
+    ]
+    report = handle.report()
+    handle.close()
+    return {"tokens": tokens, "report": report, "strangers": strangers}
+
+
+def stop_early(mesh: DeviceMesh, folder: str, prompt: list[int]) -> list[str]:
+    """Finish reasons, where rank 1 is asked to stop and rank 0 has two prompts to run."""
+    tokenizer = load_tokenizer(folder)  # type: ignore[arg-type]
+    model = moe_runtime.load(folder, mesh=mesh, dispatch="alltoall", dtype=torch.float32)
+    handle = moe_runtime.handle(model)
+    parallel = handle.parallel
+    assert parallel is not None
+    reasons = []
+    if mesh.get_local_rank() == 1:
+        parallel.ask_to_stop()
+    else:
+        while len(reasons) < 2 and not parallel.is_stop_asked:
+            one = Prompt(index=0, text="", token_ids=prompt, max_new_tokens=50)
+            done = complete(
+                model,
+                tokenizer,
+                one,
+                Decoding(max_new_tokens=50),
+                is_stop_asked=lambda: parallel.is_stop_asked,
+            )
+            reasons += [done.finish_reason, str(len(done.token_ids))]
+    parallel.finish()
+    handle.close()
+    return reasons
+
+
+def generate_by_transformers(
+    mesh: DeviceMesh, folder: str, batches: list[Batch], new_tokens: int, implementation: str
+) -> dict[str, Any]:
+    """Tokens by transformers' own expert parallelism on all ranks, and bytes by our ledger."""
+    size = mesh.size()
+    config = DistributedConfig(tp_size=size, ep_size=size, ep_implementation=implementation)
+    moe_runtime.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=config, dtype=torch.float32, experts_implementation="eager"
+    )
+    tokens = continue_greedily(model, batches, new_tokens)
+    made = [
+        cell.cell_contents
+        for module in model.modules()
+        for cell in getattr(module.__dict__.get("forward"), "__closure__", None) or ()
+        if isinstance(cell.cell_contents, RankExperts)
+    ]
+    books = [line for one in made if one.ledger is not None for line in one.ledger.sent().values()]
+    return {
+        "tokens": tokens,
+        "modules": len(made),
+        "bytes": sum(sum(line.num_bytes) for line in books),
+        "predicted": sum(sum(line.predicted_bytes) for line in books),
+    }

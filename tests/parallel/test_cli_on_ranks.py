@@ -1,0 +1,134 @@
+"""`moe-runtime` under torchrun."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_runtime.placement_map import Placement
+from tests.command_line import ROOT, Outcome, command, environment, run_here
+from tests.parallel.rank_pool import free_port
+from tests.tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS, save_mixtral
+
+PROMPTS = ["first", "a second, longer one", "3"]
+OPTIONS = ("--dtype", "float32", "--max-new-tokens", "5")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_mixtral(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def prompts_file(folder: Path) -> Path:
+    file = folder / "prompts.txt"
+    file.write_text("\n".join(PROMPTS))
+    return file
+
+
+def torchrun(*arguments: str | Path, num_ranks: int) -> Outcome:
+    """As a shell runs it."""
+    starter = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks))
+    done = subprocess.run(
+        [sys.executable, *starter, "-m", "moe_runtime", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, prompts_file: Path) -> dict[str, Any]:
+    placement = folder / "placement.json"
+    Placement(
+        model="tiny",
+        num_experts=NUM_EXPERTS,
+        num_hidden_layers=NUM_LAYERS,
+        layer_ids=tuple(range(NUM_LAYERS)),
+        gpus=2,
+        nodes=1,
+        slots=np.tile(np.arange(NUM_EXPERTS)[::-1], (NUM_LAYERS, 1)),
+    ).save(placement)
+    options = ("--placement", placement, "--prompts", prompts_file, *OPTIONS, "--json")
+    outcome = torchrun("generate", folder, *options, num_ranks=2)
+    assert outcome.code == 0, outcome.err
+    one_object: dict[str, Any] = json.loads(outcome.out)  # nothing else is on stdout
+    return one_object
+
+
+def test_results_are_those_of_one_process_in_input_order(
+    capsys: pytest.CaptureFixture[str], folder: Path, prompts_file: Path, found: dict[str, Any]
+) -> None:
+    alone = run_here(capsys, "generate", folder, "--prompts", prompts_file, *OPTIONS, "--json")
+    expected = json.loads(alone.out)["results"]
+    assert [result["prompt"] for result in found["results"]] == PROMPTS
+    assert [result["rank"] for result in found["results"]] == [0, 1, 0]
+    for result, one in zip(found["results"], expected, strict=True):
+        assert {name: result[name] for name in one} == one
+    assert found["is_terminated"] is False
+
+
+def test_bytes_stand_beside_what_formulas_say(found: dict[str, Any]) -> None:
+    """Law: matrices of ranks with nothing on the diagonal, and sums that agree with them."""
+    parallel = found["parallel"]
+    assert parallel["ranks"] == 2
+    assert parallel["experts_held"] == [NUM_LAYERS * NUM_EXPERTS // 2] * 2
+    assert parallel["bytes"][0][0] == parallel["bytes"][1][1] == 0
+    total = sum(map(sum, parallel["bytes"]))
+    assert total == parallel["bytes_within_node"] + parallel["bytes_between_nodes"]
+    assert (
+        parallel["moe_bytes"] == parallel["moe_predicted_bytes"] == sum(parallel["per_layer_bytes"])
+    )
+    assert 0 < parallel["moe_bytes"] < total
+    assert [rank["prompts"] for rank in found["ranks"]] == [2, 1]
+
+
+def test_a_check_is_refused_with_ranks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    outcome = run_here(capsys, "generate", folder, "--prompt", "a", "--dispatch", "auto", "--check")
+    assert "leave out --check, or --placement and --dispatch" in outcome.error()
+
+
+def test_the_scripts_are_shell() -> None:
+    """Law: every example passes bash's own check, and hands its arguments on."""
+    scripts = sorted((ROOT / "scripts").glob("torchrun_*.sh"))
+    assert [script.name for script in scripts] == [
+        "torchrun_one_node.sh", "torchrun_slurm.sh", "torchrun_two_nodes.sh"
+    ]  # fmt: skip
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+        assert '-m moe_runtime generate "$@"' in script.read_text()
+
+
+def test_sigterm_ends_at_the_next_token_with_what_was_written(folder: Path) -> None:
+    """Law: exit code 143, and one object with the results so far."""
+    prompts = folder / "many.txt"
+    prompts.write_text("\n".join(f"prompt {number}" for number in range(2000)))
+    meeting = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    options = ("--prompts", prompts, "--dispatch", "auto", "--max-new-tokens", "40", "--json")
+    running = subprocess.Popen(
+        command("generate", folder, *options),
+        cwd=ROOT,
+        env=environment() | meeting | {"MASTER_PORT": str(free_port())},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stderr is not None
+    while "rank 0 of 1" not in (line := running.stderr.readline()):
+        assert line, "it ended before it had loaded"
+    running.send_signal(signal.SIGTERM)
+    out, _ = running.communicate(timeout=600)
+    assert running.returncode == 143
+    found = json.loads(out)
+    assert found["is_terminated"] is True
+    assert len(found["results"]) < 2000
+    assert all(one["finish_reason"] != "terminated" for one in found["results"][:-1])
