@@ -147,7 +147,7 @@ def settings(host_memory: str = "auto", *, may_shrink: bool = False) -> TierSett
 def budget_of(num_slots: int) -> Budget:
     return Budget(
         num_slots,
-        SlotKind(SLOT_BYTES),
+        SlotKind("unpacked", SLOT_BYTES),
         num_slots * SLOT_BYTES,
         2 * SLOT_BYTES,
         NUM_EXPERTS * SLOT_BYTES,

@@ -81,7 +81,9 @@ def run(
     folder: Path, policy: str | EvictionPolicy, memory: float, file: Path
 ) -> tuple[Trace, Counts]:
     """What was routed, and what the runtime itself reports."""
-    model = moe_runtime.load(folder, expert_memory=memory, exact=True, policy=policy)
+    model = moe_runtime.load(
+        folder, expert_memory=memory, exact=True, policy=policy, warm_start=False
+    )
     with moe_runtime.handle(model) as handle:
         with TraceWriter(file) as writer, RoutingRecorder(model, writer, name="exact"):
             work(model)

@@ -94,6 +94,7 @@ def settings(checkpoint: Path, work_folder: Path) -> Settings:
         seconds=30.0,
         equal_totals=False,
         policy="lru",
+        predictor="off",
         exact=False,
     )
 
@@ -184,8 +185,8 @@ def test_policylang_gets_slots_within_the_memory(
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     job = Job(
         device="cpu", checkpoint=checkpoint, gguf=None, scratch=tmp_path, replay=None,
-        dtype="bfloat16", policy="lru", exact=False, num_threads=1, memory_bytes=size // 2,
-        context_tokens=64,
+        dtype="bfloat16", policy="lru", predictor="off", exact=False, num_threads=1,
+        memory_bytes=size // 2, context_tokens=64,
     )  # fmt: skip
     decoder, facts = policylang.load(job)
     assert attached == [facts["experts"]]
