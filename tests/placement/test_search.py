@@ -280,11 +280,12 @@ def test_a_second_interrupt_ends_jobs_that_do_not_stop() -> None:
         raise KeyboardInterrupt
 
     control = Control(600)
+    others = set(multiprocessing.active_children())  # of other tests
     with pytest.raises(KeyboardInterrupt):
         run_jobs([deaf, deaf], control, num_processes=2, on_progress=press)
     assert len(presses) == 2
     assert control.was_interrupted
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_a_worker_that_fails_is_heard() -> None:
