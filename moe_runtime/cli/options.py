@@ -101,6 +101,16 @@ Seed = Annotated[
     int | None,
     typer.Option(min=0, help="Makes sampling repeatable.", rich_help_panel=TEXT_PANEL),
 ]
+LabelledPrompts = Annotated[
+    str,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help='One prompt a line, or *.jsonl with {"prompt": ..., "domain": ...} lines; '
+        "- is standard input.",
+    ),
+]
+
 Chat = Annotated[
     bool,
     typer.Option(

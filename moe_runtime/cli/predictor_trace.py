@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from moe_runtime.cli.options import OUTPUT_PANEL, Chat, Json, Model, Revision, TrustRemoteCode
+from moe_runtime.cli.options import (
+    OUTPUT_PANEL,
+    Chat,
+    Json,
+    LabelledPrompts,
+    Model,
+    Revision,
+    TrustRemoteCode,
+)
 from moe_runtime.cli.outputs import check_writable
 from moe_runtime.cli.prompts import read_labelled_prompts
 from moe_runtime.cli.terminal import Terminal
@@ -23,14 +31,7 @@ def trace(
     predictor: Annotated[
         Path, typer.Option(metavar="P.safetensors", help="A file that `predictor train` wrote.")
     ],
-    prompts: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help='One prompt a line, or *.jsonl with {"prompt": ..., "domain": ...} lines; '
-            "- is standard input.",
-        ),
-    ],
+    prompts: LabelledPrompts,
     output: Annotated[
         Path,
         typer.Option(

@@ -16,6 +16,7 @@ from moe_runtime.cli.options import (
     DtypeOption,
     ExpertMemoryOption,
     Json,
+    LabelledPrompts,
     MaxNewTokens,
     Model,
     Policy,
@@ -43,14 +44,7 @@ moe-runtime trace record org/name --prompts mixed.jsonl --expert-memory 8GiB --h
 
 def record(
     model: Model,
-    prompts: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help='One prompt a line, or *.jsonl with {"prompt": ..., "domain": ...} lines; '
-            "- is standard input.",
-        ),
-    ],
+    prompts: LabelledPrompts,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="T.npz", help="Write the trace to this file."),
