@@ -3,7 +3,7 @@
 T rows (tokens of one forward), L MoE layers, K experts a token, E experts a layer, D model dim.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -97,6 +97,16 @@ class StepRows:
             sequence_id=trace.sequence_id[rows],
             position=trace.position[rows],
             phase=phase,
+        )
+
+    @classmethod
+    def of_prompt(cls, sequence: int, ids: Sequence[int]) -> Self:
+        """A prompt from its first token on, as one forward runs it."""
+        return cls(
+            token_id=np.asarray(ids, np.int32),
+            sequence_id=np.full(len(ids), sequence, np.int32),
+            position=np.arange(len(ids), dtype=np.int32),
+            phase=np.full(len(ids), Phase.PREFILL, np.uint8),
         )
 
     def __len__(self) -> int:

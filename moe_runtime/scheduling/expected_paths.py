@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_runtime.errors import PredictorError
 from moe_runtime.expert import ExpertKey
+from moe_runtime.predictors.counts import membership
 from moe_runtime.predictors.metrics import top_experts
 from moe_runtime.predictors.predictor import Predictor, StepRows
 from moe_runtime.trace import Phase
@@ -41,7 +42,7 @@ class ExpectedPaths:
 
     def of_prompt(self, sequence: int, ids: Sequence[int]) -> Array:
         """`[P]` bool: the experts that the tokens of a new sequence want most often."""
-        rows = _rows([(sequence, token, at) for at, token in enumerate(ids)], Phase.PREFILL)
+        rows = StepRows.of_prompt(sequence, ids)
         with self._lock:
             self._lengths[sequence] = len(ids)
             probability_TLE = self._session.begin(rows).probability
@@ -51,9 +52,15 @@ class ExpectedPaths:
     def of_tokens(self, tokens: Sequence[tuple[int, int]]) -> Array:
         """`[N, P]` bool: for each (sequence, its next token), the experts of that token."""
         with self._lock:
-            rows = _rows([(s, token, self._lengths[s]) for s, token in tokens], Phase.DECODE)
-            for sequence, _ in tokens:
-                self._lengths[sequence] += 1
+            sequence, token = np.array(tokens, np.int32).reshape(-1, 2).T
+            rows = StepRows(
+                token_id=token,
+                sequence_id=sequence,
+                position=np.array([self._lengths[s] for s, _ in tokens], np.int32),
+                phase=np.full(len(tokens), Phase.DECODE, np.uint8),
+            )
+            for number, _ in tokens:
+                self._lengths[number] += 1
             probability_NLE = self._session.begin(rows).probability
         return self._path(np.nan_to_num(probability_NLE))
 
@@ -64,10 +71,8 @@ class ExpectedPaths:
             del self._lengths[sequence]
 
     def _path(self, probability_NLE: Array) -> Array:
-        path_NLE = np.zeros(probability_NLE.shape, np.bool_)
-        np.put_along_axis(
-            path_NLE, top_experts(probability_NLE, self._top_k).astype(np.int64), True, -1
-        )
+        chosen = top_experts(probability_NLE, self._top_k)
+        path_NLE = membership(chosen, probability_NLE.shape[-1]) > 0
         return path_NLE.reshape(len(path_NLE), -1)
 
 
@@ -75,14 +80,3 @@ def experts_of(path_P: Array, num_experts: int) -> frozenset[ExpertKey]:
     """The experts on one path."""
     places = np.flatnonzero(path_P)
     return frozenset(ExpertKey(*divmod(int(place), num_experts)) for place in places)
-
-
-def _rows(tokens: Sequence[tuple[int, int, int]], phase: Phase) -> StepRows:
-    """Rows of (sequence, token id, position)."""
-    sequence, token, position = np.array(tokens, np.int32).reshape(-1, 3).T
-    return StepRows(
-        token_id=token,
-        sequence_id=sequence,
-        position=position,
-        phase=np.full(len(token), phase, np.uint8),
-    )

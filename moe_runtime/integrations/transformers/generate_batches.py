@@ -270,35 +270,29 @@ class _Run:
                 self._merge(batches)
             elif path_NP is not None:
                 before_N = np.arange(len(sequences)) >= len(first.sequences)
-                after_N = exchange(path_NP, before_N, self._price(first, second))
+                pair_bytes = sum(row_bytes(b.cache, len(b.sequences)) for b in batches)
+                after_N = exchange(path_NP, before_N, pair_bytes / self._expert_bytes)
                 self.report.expected_experts += activated(path_NP, after_N)
                 self.report.expected_unmoved += activated(path_NP, before_N)
-                self._exchange(first, second, before_N, after_N)
+                num_exchanged = self._exchange(first, second, before_N, after_N)
+                self.report.exchanges += num_exchanged
+                self.report.kv_bytes_copied += num_exchanged * pair_bytes
         self.report.grouping_seconds += time.perf_counter() - started
 
-    def _price(self, first: _Batch, second: _Batch) -> float:
-        """Experts that have as many bytes as an exchange copies."""
-        rows = [row_bytes(batch.cache, len(batch.sequences)) for batch in (first, second)]
-        return sum(rows) / self._expert_bytes
-
-    def _exchange(self, first: _Batch, second: _Batch, before_N: Array, after_N: Array) -> None:
-        """The sequences whose batch changes, two by two, with their rows of mask and cache."""
+    def _exchange(self, first: _Batch, second: _Batch, before_N: Array, after_N: Array) -> int:
+        """Exchange the sequences whose batch changes, with their rows; returns how many pairs."""
         size = len(first.sequences)
         leaving = np.flatnonzero(after_N & ~before_N).tolist()
         coming = (np.flatnonzero(~after_N & before_N) - size).tolist()
         if not leaving:
-            return
-        sizes = size, len(second.sequences)
-        self.report.exchanges += len(leaving)
-        self.report.kv_bytes_copied += len(leaving) * (
-            row_bytes(first.cache, sizes[0]) + row_bytes(second.cache, sizes[1])
-        )
+            return 0
         pairs = list(zip(leaving, coming, strict=True))
-        exchange_rows((first.cache, second.cache), sizes, pairs)
+        exchange_rows((first.cache, second.cache), (size, len(second.sequences)), pairs)
         for i, j in pairs:
             first.sequences[i], second.sequences[j] = second.sequences[j], first.sequences[i]
             mask_S = first.mask_NS[i].clone()
             first.mask_NS[i], second.mask_NS[j] = second.mask_NS[j], mask_S
+        return len(pairs)
 
     def _merge(self, batches: list[_Batch]) -> None:
         first, second = batches
