@@ -23,7 +23,7 @@ from moe_runtime.measure.fast_parity import MIN_POSITIONS
 from moe_runtime.measure.forced import ForcedLogits, forced_logits
 from moe_runtime.measure.parity import Parity, Reference, check_fast_parity, check_parity
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
-from moe_runtime.measure.prompt import Prompt, encode_prompts, load_tokenizer
+from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.memory.packed_folder import is_packed
 from moe_runtime.memory.unpack_folder import unpack_folder
 
@@ -169,13 +169,13 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
     with quiet_transformers(listener.on_loading):
-        tokenizer = load_tokenizer(resolved.folder, trust_remote_code=request.trust_remote_code)
-        prompts = encode_prompts(
-            request.prompts,
-            tokenizer,
+        tokenizer, prompts = read_prompts(
+            resolved.folder,
             resolved.config,
+            request.prompts,
             max_new_tokens=request.decoding.max_new_tokens,
             chat=request.chat,
+            trust_remote_code=request.trust_remote_code,
         )
         model = load_requested(request, resolved)
         load_peak = peak_resident_bytes()

@@ -20,7 +20,7 @@ from moe_runtime.measure.completion import complete
 from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.generation import GenerationRequest, Listener, load_requested
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
-from moe_runtime.measure.prompt import Prompt, encode_prompts, load_tokenizer
+from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import check_agreement
 
@@ -113,13 +113,13 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
     with quiet_transformers(listener.on_loading):
-        tokenizer = load_tokenizer(resolved.folder, trust_remote_code=request.trust_remote_code)
-        prompts = encode_prompts(
-            request.prompts,
-            tokenizer,
+        tokenizer, prompts = read_prompts(
+            resolved.folder,
             resolved.config,
+            request.prompts,
             max_new_tokens=request.decoding.max_new_tokens,
             chat=request.chat,
+            trust_remote_code=request.trust_remote_code,
         )
         model = load_requested(request, resolved)
         owner = handle(model)

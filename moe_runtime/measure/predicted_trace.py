@@ -9,7 +9,7 @@ import numpy as np
 from moe_runtime.errors import PredictorError
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.measure.prompt import encode_prompts, load_tokenizer
+from moe_runtime.measure.prompt import read_prompts
 from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.predictors.metrics import top_experts
 from moe_runtime.predictors.predictor import Predictor, StepRows
@@ -35,9 +35,13 @@ class PredictedPrompts:
             self.model, revision=self.revision, trust_remote_code=self.trust_remote_code
         )
         with quiet_transformers(lambda done, total: None):
-            tokenizer = load_tokenizer(resolved.folder, trust_remote_code=self.trust_remote_code)
-            encoded = encode_prompts(
-                self.prompts, tokenizer, resolved.config, max_new_tokens=1, chat=self.chat
+            _, encoded = read_prompts(
+                resolved.folder,
+                resolved.config,
+                self.prompts,
+                max_new_tokens=1,
+                chat=self.chat,
+                trust_remote_code=self.trust_remote_code,
             )
         return [prompt.token_ids for prompt in encoded]
 
@@ -75,7 +79,7 @@ def predict_trace(
     of, session = predictor.fingerprint, predictor.start()
     topk, weights = [], []
     for sequence, ids in enumerate(token_ids):
-        probability = session.begin(_rows(sequence, ids)).probability
+        probability = session.begin(StepRows.of_prompt(sequence, ids)).probability
         chosen = top_experts(np.nan_to_num(probability), of.top_k)
         said = np.take_along_axis(probability, chosen.astype(np.int64), -1)
         topk.append(chosen)
@@ -102,12 +106,3 @@ def predict_trace(
             "num_hidden_layers": of.num_hidden_layers,
         }
     return Trace.of(fields, source="prediction")
-
-
-def _rows(sequence: int, ids: Sequence[int]) -> StepRows:
-    return StepRows(
-        token_id=np.asarray(ids, np.int32),
-        sequence_id=np.full(len(ids), sequence, np.int32),
-        position=np.arange(len(ids), dtype=np.int32),
-        phase=np.full(len(ids), Phase.PREFILL, np.uint8),
-    )

@@ -35,6 +35,21 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     return tokenizer
 
 
+def read_prompts(
+    folder: Path,
+    config: PreTrainedConfig,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    chat: bool,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedTokenizerBase, list[Prompt]]:
+    """The tokenizer beside a model, and `texts` as it encodes them; raises as these two do."""
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    prompts = encode_prompts(texts, tokenizer, config, max_new_tokens=max_new_tokens, chat=chat)
+    return tokenizer, prompts
+
+
 def encode_prompts(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,

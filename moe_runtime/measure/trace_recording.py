@@ -15,7 +15,7 @@ from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.measure.decoding import Decoding
-from moe_runtime.measure.prompt import Prompt, encode_prompts, load_tokenizer
+from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.measure.routing_recorder import RoutingRecorder
 from moe_runtime.trace_writer import TraceWriter
 
@@ -92,13 +92,13 @@ def record_trace(request: RecordingRequest, listener: RecordingListener) -> Reco
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
     with quiet_transformers(listener.on_loading):
-        tokenizer = load_tokenizer(resolved.folder, trust_remote_code=request.trust_remote_code)
-        prompts = encode_prompts(
-            request.prompts,
-            tokenizer,
+        tokenizer, prompts = read_prompts(
+            resolved.folder,
             resolved.config,
+            request.prompts,
             max_new_tokens=request.decoding.max_new_tokens,
             chat=request.chat,
+            trust_remote_code=request.trust_remote_code,
         )
         model = load(
             resolved.folder,
