@@ -11,11 +11,12 @@ import torch
 
 from moe_runtime.errors import ProbeError
 from moe_runtime.expert_memory import format_bytes
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate, Weight
+from moe_runtime.kernels.cpu.experts import Gate, Weight
 from moe_runtime.kernels.cpu.matrix import FORMS, Form, Matrix, Part
 from moe_runtime.kernels.cpu.unpack import load_codec
 from moe_runtime.kernels.packed_blocks import PADDING_BYTES
 from moe_runtime.kernels.quantise import QUANTISED_DTYPES, QuantisedDtype, quantise
+from moe_runtime.measure.bench.expert_steps import measured_kernel
 from moe_runtime.measure.bench.presets import Preset
 from moe_runtime.measure.spread import Spread
 from moe_runtime.memory.available import available_memory_bytes
@@ -45,12 +46,7 @@ def measure_forms(
     preset: Preset, *, rounds: int, on_round: Callable[[int, int], None]
 ) -> list[FormSpeed]:
     """All forms take turns on the same weights and threads, on bytes that no cache still has."""
-    kernel = CpuExperts.load(torch.bfloat16)
-    if kernel is None:
-        raise ProbeError(f"there is no kernel to measure: {CpuExperts.status()}")
-    config = preset.config()
-    dim = int(config.hidden_size)
-    ffn = int(preset.fields.get("moe_intermediate_size", config.intermediate_size))
+    kernel, (dim, ffn) = measured_kernel(), preset.expert_sizes()
     top_k = preset.top_k
     pools = {form: _Pool(form, dim, ffn, top_k) for form in ("bfloat16", *_FORMS)}
     x_TD = torch.full((1, dim), 0.01, dtype=torch.bfloat16)

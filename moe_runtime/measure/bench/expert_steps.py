@@ -37,6 +37,14 @@ class StepShare:
     read_gbps: Spread
 
 
+def measured_kernel() -> CpuExperts:
+    """The kernel of bfloat16 experts. Raises ProbeError where there is none."""
+    kernel = CpuExperts.load(torch.bfloat16)
+    if kernel is None:
+        raise ProbeError(f"there is no kernel to measure: {CpuExperts.status()}")
+    return kernel
+
+
 def measure_steps(
     preset: Preset, *, rounds: int, on_round: Callable[[int, int], None]
 ) -> list[StepShare]:
@@ -45,12 +53,7 @@ def measure_steps(
     Reads and steps take turns on the same threads, each on bytes that no cache still has. A step is
     all of it: from tensors to the output, Python included.
     """
-    kernel = CpuExperts.load(torch.bfloat16)
-    if kernel is None:
-        raise ProbeError(f"there is no kernel to measure: {CpuExperts.status()}")
-    config = preset.config()
-    dim = int(config.hidden_size)
-    ffn = int(preset.fields.get("moe_intermediate_size", config.intermediate_size))
+    kernel, (dim, ffn) = measured_kernel(), preset.expert_sizes()
     pool = _Pool(dim, ffn)
     kinds = [_kind(preset, tokens) for tokens in _TOKENS]
     kinds.append((_MANY_ROWS, 1, _MANY_ROWS))

@@ -99,6 +99,12 @@ class Preset:
         """The transformers config with these shapes."""
         return AutoConfig.for_model(self.model_type, **self.fields)
 
+    def expert_sizes(self) -> tuple[int, int]:
+        """Model dim and ffn dim of one expert."""
+        config = self.config()
+        ffn = self.fields.get("moe_intermediate_size", config.intermediate_size)
+        return int(config.hidden_size), int(ffn)
+
 
 def preset_names() -> list[str]:
     """All presets, sorted."""
