@@ -57,7 +57,7 @@ def run_apart(*arguments: str | Path, cwd: Path, stdin: str = "") -> Outcome:
     done = subprocess.run(
         command(*arguments),
         cwd=cwd,
-        env=environment() | {"XDG_CACHE_HOME": str(cwd / ".cache")},  # nothing in the user's own
+        env=environment(),
         input=stdin,
         capture_output=True,
         text=True,

@@ -21,13 +21,22 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither this process nor any that it starts leaves something in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MPLCONFIGDIR", str(folder / "matplotlib"))  # fonts are listed once
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_warm_start(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    own_cache: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tests leave nothing in the user's cache, and one does not warm the next."""
-    folder = tmp_path_factory.getbasetemp() / f"warm-{uuid.uuid4().hex}"
-    monkeypatch.setattr("moe_runtime.warm_start.default_folder", lambda: folder)
+    """One test does not warm the next."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / uuid.uuid4().hex))
 
 
 @pytest.fixture(autouse=True)

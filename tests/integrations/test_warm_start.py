@@ -200,7 +200,6 @@ def test_the_users_cache_is_where_it_is_asked_to_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law: XDG_CACHE_HOME decides, where it is set."""
-    monkeypatch.undo()  # the folder that every test has
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     from moe_runtime import warm_start
 
