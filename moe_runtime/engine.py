@@ -204,7 +204,9 @@ class ExpertEngine:
 
     def _begin_ahead(self, plan: AheadPlan) -> None:
         self._is_planning = True
-        for key in plan.keys[: plan.most]:
+        # Of the layer that runs, what the cache's plan gave up may still be in use in its old slot.
+        keys = [key for key in plan.keys if key not in self._pinned]
+        for key in keys[: plan.most]:
             read = self.cache.prefetch(key, self._pinned | self.ledger.awaited, plan.is_worth)
             if read is None:
                 break

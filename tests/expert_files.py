@@ -108,7 +108,8 @@ def make_layer(
         )
     phases = {p.name: p.phases for p in parameters if p.phases}
     layout = ExpertLayout.pack(
-        [(p.name, p.shape, p.loaded) for p in parameters], with_phases=bool(phases)
+        [(p.name, p.shape, p.loaded) for p in parameters],
+        phase_bytes=ALIGNMENT_BYTES if phases else 0,
     )
     return LayerExperts(num_experts, layout, assemblies, phases), weights
 

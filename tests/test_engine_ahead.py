@@ -12,6 +12,7 @@ import torch
 
 from moe_runtime.cache.cache import ExpertCache
 from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.cache.static import StaticPolicy
 from moe_runtime.engine import AheadPlan, ExpertEngine
 from moe_runtime.errors import ExpertReadError
 from moe_runtime.expert import ExpertKey
@@ -193,6 +194,26 @@ def test_what_the_layer_needs_is_never_given_up(worlds: list[World]) -> None:
             with engine.open_layer(forward.layer, forward.dispatch.experts):
                 assert all(key in engine.cache for key in keys)
         assert engine.ledger.counts.started > 20
+
+
+def test_what_a_layer_gave_up_is_not_read_ahead_while_it_runs(worlds: list[World]) -> None:
+    """Law: an expert that a wave will push out of its slot is not fetched into another meanwhile.
+
+    Its release would take back that read, and leave the expert in the books with no bytes.
+    """
+    rng, generator = random.Random(31), torch.Generator().manual_seed(31)
+    for world in worlds:
+        with running(world, rng, num_slots=2, shuffled=False) as engine:
+            engine.cache.policy = StaticPolicy([ExpertKey(1, 0)])
+            keys = [ExpertKey(0, expert) for expert in range(len(world.weights[0]))]
+            engine.planner = FixedPlanner(engine, keys)
+            for _ in range(12):
+                with engine.open_layer(1, [0]) as access:
+                    access.weights(0)
+                forward = Forward.random(world, rng, generator)
+                if forward.layer == 0:
+                    forward.check(world, engine)
+            assert engine.ledger.counts.started
 
 
 class HeldPool:

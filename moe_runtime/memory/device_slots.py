@@ -3,6 +3,7 @@
 import torch
 
 from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.slot_views import SlotViews
 from moe_runtime.memory.stream import Event, Stream, Streams
 
 
@@ -19,7 +20,7 @@ class DeviceSlots:
         self.slot_bytes = slot_bytes
         self._memory = streams.allocate(num_slots * slot_bytes).view(num_slots, slot_bytes)
         self._arrivals: list[Event | None] = [None] * num_slots  # that no kernel waits for yet
-        self._views: dict[tuple[int, ExpertLayout], dict[str, torch.Tensor]] = {}
+        self._views = SlotViews(self._memory)
         self._stacked: dict[ExpertLayout, dict[str, torch.Tensor]] = {}
 
     def fill(
@@ -58,10 +59,7 @@ class DeviceSlots:
 
     def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         """The parameters in `slot`, by name; valid until the slot is reused."""
-        found = self._views.get((slot, layout))
-        if found is None:
-            found = self._views[slot, layout] = layout.views(self._memory[slot])
-        return found
+        return self._views.get(slot, layout)
 
     def stacked(self, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         """Each parameter over all slots, `[S, ...]` by name: strided views, nothing is copied."""

@@ -246,9 +246,41 @@ class DiskReader:
         blob: Blob,
     ) -> None:
         with self._buffer(num_bytes) as buffer:
+            if len(copies) == 1 and copies[0][1] == num_bytes:
+                destination = copies[0][2]
+                target = blob[destination : destination + num_bytes]
+                if self._read_in_place(file, offset, target, buffer):
+                    return
             data = self._read(file, offset, num_bytes, buffer)
             for source, length, destination in copies:
                 np.copyto(blob[destination : destination + length], data[source : source + length])
+
+    def _read_in_place(self, file: _OpenFile, offset: int, target: Blob, buffer: mmap.mmap) -> bool:
+        """Fill `target` from the disk with no copy between, where both lie alike in their blocks.
+
+        The blocks at its ends, of which it has a part, go through `buffer`. False, with `target` in
+        any state, where it lies otherwise, or where the read gave less than was asked for.
+        """
+        block, num_bytes = file.block_bytes, len(target)
+        if block == 1 or (target.ctypes.data - offset) % block or num_bytes < 4 * block:
+            return False
+        start, end = offset // block * block, -(-(offset + num_bytes) // block) * block
+        first = start + block if start < offset else start  # of the blocks that are whole
+        last = end - block if end > offset + num_bytes else end
+        edges = memoryview(buffer)
+        head, tail = edges[:block], edges[block : 2 * block]
+        vectors: list[Any] = [target[first - offset : last - offset]]
+        vectors = ([head] if first > start else []) + vectors + ([tail] if last < end else [])
+        try:
+            count = os.preadv(file.descriptor, vectors, start)
+        except OSError:
+            return False  # the plain way tries again, and says what is wrong
+        if start + count < offset + num_bytes:
+            return False
+        target[: first - offset] = np.frombuffer(head, np.uint8)[offset - start :][: first - offset]
+        target[last - offset :] = np.frombuffer(tail, np.uint8)[: offset + num_bytes - last]
+        self._account(file, offset, count)
+        return True
 
     def _read_strided(self, extent: Extent, layout: ExpertLayout, blob: Blob) -> None:
         file = self._files[extent.file]
@@ -307,14 +339,18 @@ class DiskReader:
                         f"{offset + num_bytes} was expected: it was truncated while in use; "
                         "restore it and load the model again"
                     )
+        self._account(file, offset, done)
+        return np.frombuffer(buffer, np.uint8, num_bytes, offset - start)
+
+    def _account(self, file: _OpenFile, offset: int, num_bytes: int) -> None:
+        """After a read: the file is still the one that was opened, and so many bytes were asked."""
         status = os.fstat(file.descriptor)
         if (status.st_size, status.st_mtime_ns) != (file.num_bytes, file.modified_ns):
             raise ExpertReadError(
                 f"{file.path} changed while in use (read at offset {offset}); load the model again"
             )
         with self._counter_lock:
-            self._bytes_read += done
-        return np.frombuffer(buffer, np.uint8, num_bytes, offset - start)
+            self._bytes_read += num_bytes
 
 
 def _close_all(files: dict[Path, _OpenFile]) -> None:

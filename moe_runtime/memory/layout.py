@@ -16,6 +16,8 @@ ALIGNMENT_BYTES = 64
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+# Of disks: what stands in memory as it stands in its block needs no copy on its way there.
+BLOCK_BYTES = 512
 # What a slot can hold besides: the values and the scales of quantised weights.
 STORED_DTYPES = TORCH_DTYPES | {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 
@@ -71,23 +73,24 @@ class ExpertLayout:
         cls,
         parameters: Sequence[tuple[str, tuple[int, ...], torch.dtype]],
         *,
-        with_phases: bool = False,
+        phase_bytes: int = 0,
     ) -> "ExpertLayout":
         """Place (name, shape, dtype) one after the other, each on a cache line.
 
-        `with_phases` leaves room for `at()`.
+        `phase_bytes`, a multiple of a cache line, is room for `at()` with smaller phases than that,
+        counted from multiples of it.
         """
+        alignment = max(phase_bytes, ALIGNMENT_BYTES)
         specs, end = [], 0
         for name, shape, dtype in parameters:
             spec = ParameterSpec(name, shape, dtype, end)
             specs.append(spec)
-            end += -(-spec.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            end += ALIGNMENT_BYTES if with_phases else 0
+            end += -(-spec.num_bytes // alignment) * alignment + phase_bytes
         return cls(tuple(specs), end)
 
     def at(self, phases: Sequence[int]) -> "ExpertLayout":
-        """The same blob with each parameter `phases[i]` bytes after its cache line's start."""
-        assert all(0 <= phase < ALIGNMENT_BYTES for phase in phases), phases
+        """The same blob with each parameter `phases[i]` bytes after its start."""
+        assert all(0 <= phase < BLOCK_BYTES for phase in phases), phases
         specs = tuple(
             replace(spec, offset=spec.offset + phase)
             for spec, phase in zip(self.parameters, phases, strict=True)

@@ -5,6 +5,7 @@ import torch
 from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.pinned_memory import PinnedMemory
+from moe_runtime.memory.slot_views import SlotViews
 from moe_runtime.memory.stream import Event, Streams
 
 
@@ -16,7 +17,7 @@ class PinnedSlots:
         self.slot_bytes = slot_bytes
         self._memory = PinnedMemory(num_slots * slot_bytes, streams)
         self._copies: list[list[Event]] = [[] for _ in range(num_slots)]
-        self._views: dict[tuple[int, ExpertLayout], dict[str, torch.Tensor]] = {}
+        self._views = SlotViews(self._memory.bytes.view(num_slots, slot_bytes))
 
     @property
     def refusal(self) -> str | None:
@@ -34,10 +35,7 @@ class PinnedSlots:
 
     def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
         """The parameters in `slot`, by name; valid until the slot is reused."""
-        found = self._views.get((slot, layout))
-        if found is None:
-            found = self._views[slot, layout] = layout.views(self.bytes(slot))
-        return found
+        return self._views.get(slot, layout)
 
     def mark_copy(self, slot: int, copied: Event) -> None:
         """A copy that ends with `copied` reads the slot."""

@@ -7,7 +7,7 @@ import torch
 
 from moe_runtime.errors import CheckpointError
 from moe_runtime.memory.assembly import Assembly, Box, row_major, stack
-from moe_runtime.memory.layout import STORED_DTYPES, ExpertLayout
+from moe_runtime.memory.layout import ALIGNMENT_BYTES, STORED_DTYPES, ExpertLayout
 from moe_runtime.memory.safetensors_header import FileTensor
 from moe_runtime.memory.scaled_blob import ScaledPart
 from moe_runtime.memory.scaled_tensor import ScaledTensor
@@ -59,10 +59,12 @@ def scaled_layer(
     has_phases = any(map(any, stored_phases.values()))
     return LayerExperts(
         num_experts,
-        ExpertLayout.pack(specs, with_phases=has_phases),
+        ExpertLayout.pack(specs, phase_bytes=ALIGNMENT_BYTES if has_phases else 0),
         stored,
         stored_phases if has_phases else {},
-        ScaledExperts(ExpertLayout.pack(parameters, with_phases=True), phases, tuple(parts)),
+        ScaledExperts(
+            ExpertLayout.pack(parameters, phase_bytes=ALIGNMENT_BYTES), phases, tuple(parts)
+        ),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from moe_runtime.memory.anonymous_memory import anonymous_memory
 from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.slot_views import SlotViews
 
 
 class Slots(Protocol):
@@ -44,7 +45,7 @@ class HostSlots:
         self.num_slots = self.max_views = num_slots
         self.slot_bytes = slot_bytes
         self._memory = anonymous_memory(num_slots * slot_bytes)
-        self._views: dict[tuple[int, ExpertLayout], dict[str, torch.Tensor]] = {}
+        self._views = SlotViews(torch.from_numpy(self._memory).view(num_slots, slot_bytes))
 
     def blob(self, slot: int) -> Blob:
         return self._memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
@@ -53,11 +54,7 @@ class HostSlots:
         """Nothing to do: experts are read in place."""
 
     def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
-        found = self._views.get((slot, layout))
-        if found is None:
-            found = layout.views(torch.from_numpy(self.blob(slot)))
-            self._views[slot, layout] = found
-        return found
+        return self._views.get(slot, layout)
 
     def poison(self, slot: int) -> None:
         self.blob(slot).fill(0xFF)

@@ -12,9 +12,12 @@ import torch
 from moe_runtime.expert import ExpertKey
 from moe_runtime.kernels.quantise import QuantisedDtype
 from moe_runtime.memory.assembly import Assembly, Box, row_major
-from moe_runtime.memory.layout import STORED_DTYPES, ExpertLayout, ParameterSpec
+from moe_runtime.memory.layout import BLOCK_BYTES, STORED_DTYPES, ExpertLayout, ParameterSpec
 from moe_runtime.memory.packing import ITEM_BYTES, PackedBlock, PackedTensor
 from moe_runtime.memory.scaled_blob import ScaledPart
+
+# From which on the room for phases does not count, and a copy does.
+_LARGE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,14 @@ class TensorMap:
             for expert in range(experts.num_experts):
                 yield ExpertKey(layer, expert)
 
+    def beside_blocks(self) -> "TensorMap":
+        """The same experts, each parameter where its first byte stands in a block of its file.
+
+        What is read as it is then needs no copy, in slots that start on blocks. For code whose bits
+        do not depend on addresses. Small and quantised experts stay as they are.
+        """
+        return TensorMap([_beside_blocks(layer) for layer in self.layers])
+
     def _layout(self, key: ExpertKey) -> ExpertLayout:
         """Where the parameters of `key` stand in its blob."""
         layer = self.layers[key.layer]
@@ -223,6 +234,30 @@ class TensorMap:
                 else:
                     moves.add(file, _strided_move(box, spec, box.source.offset))
         return moves.all_extents()
+
+
+def _beside_blocks(layer: LayerExperts) -> LayerExperts:
+    if layer.scaled is not None or layer.layout.num_bytes < _LARGE_BYTES:
+        return layer
+    parameters = [(spec.name, spec.shape, spec.dtype) for spec in layer.layout.parameters]
+    phases = {
+        spec.name: [
+            _block_phase(layer.parameters[spec.name].select(0, expert).boxes[0], spec)
+            for expert in range(layer.num_experts)
+        ]
+        for spec in layer.layout.parameters
+    }
+    layout = ExpertLayout.pack(parameters, phase_bytes=BLOCK_BYTES)
+    return replace(layer, layout=layout, phases=phases)
+
+
+def _block_phase(box: Box, spec: ParameterSpec) -> int:
+    """Where in a block of the file the parameter would start, if all of it lay as `box` does."""
+    if isinstance(box.source, PackedTensor) or not _is_plain(box, spec):
+        return 0
+    first = box.source.offset + (box.offset - _first_element(box, spec)) * spec.dtype.itemsize
+    phase = first % BLOCK_BYTES
+    return 0 if phase % spec.dtype.itemsize else phase
 
 
 class _Moves:

@@ -135,7 +135,8 @@ class _Run:
         idle_seconds = routed_next - max(self.disk_free, self.routed)
         most = reads_that_fit(idle_seconds, self.cost.read_seconds) - len(self.line)
         pinned = set(keys)
-        for key in self.forecaster.wanted()[: max(0, most)]:
+        wanted = [key for key in self.forecaster.wanted() if key not in pinned]
+        for key in wanted[: max(0, most)]:
             read = self.cache.prefetch(key, pinned | self.ledger.awaited, self.forecaster.is_worth)
             if read is None:
                 break

@@ -1,12 +1,14 @@
 """Laws of the disk reader: the right bytes, no more reads than needed, and no half-read expert."""
 
 import errno
+import mmap
 import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ import torch
 
 from moe_runtime.errors import ExpertReadError
 from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.anonymous_memory import anonymous_memory
 from moe_runtime.memory.disk import CHUNK_BYTES, DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
+from moe_runtime.memory.layout import BLOCK_BYTES, ExpertLayout
 from moe_runtime.memory.tensor_map import ByteMove, Extent, TensorMap
 from tests.expert_files import FileWriter, Parameter, Weights, make_layer, random_layers
 
@@ -83,11 +87,11 @@ def test_blobs_are_the_weights(seed: int, direct: bool, folder: Path) -> None:
         assert wanted <= reader.bytes_read <= most
 
 
-def big_layer(folder: Path, seed: int = 0) -> tuple[TensorMap, list[Weights]]:
-    """Four fused experts of 600 kB: several chunks of any size tested here."""
+def big_layer(folder: Path, seed: int = 0, width: int = 500) -> tuple[TensorMap, list[Weights]]:
+    """Four fused experts of 600 kB or more: several chunks of any size tested here."""
     writer = FileWriter(folder, random.Random(seed), 1)
     layer, weights = make_layer(
-        [Parameter("up", "fused", (300, 500)), Parameter("down", "fused", (500, 300))],
+        [Parameter("up", "fused", (300, width)), Parameter("down", "fused", (width, 300))],
         4,
         writer,
         torch.Generator().manual_seed(seed),
@@ -193,9 +197,9 @@ def test_short_reads_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch, direct
     with closing(DiskReader(tensor_map.files(), direct=direct, chunk_bytes=65_536)) as reader:
 
         def short(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-            (window,) = buffers
+            window = buffers[0]
             step = BLOCK if reader.is_direct else 1
-            length = step * rng.randint(1, max(1, len(window) // step))
+            length = min(len(window), step * rng.randint(1, max(1, len(window) // step)))
             count = real_preadv(descriptor, [window[:length]], offset)
             return max(min(count, step), count - rng.randrange(1000))  # not even whole blocks
 
@@ -418,3 +422,67 @@ def chunks_of(reader: DiskReader, extent: Extent) -> Iterator[tuple[object, int,
     for job in reader._chunk_jobs(extent, aligned_blob(64)):
         file, start, length, _ = job.__defaults__  # type: ignore[attr-defined]
         yield file, start, length
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_stands_as_in_its_block_is_read_in_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Law: reads in place give the bytes of the file and touch no other; else they are copied."""
+    rng = random.Random(seed)
+    content = np.random.default_rng(seed).integers(0, 256, 3 * 2**20 + rng.randrange(9), np.uint8)
+    file = folder / "data"
+    file.write_bytes(content.tobytes())
+    memory = np.frombuffer(mmap.mmap(-1, 4 * 2**20), np.uint8)
+    in_place: list[bool] = []
+    real = DiskReader._read_in_place
+
+    def watched(self: DiskReader, *arguments: Any) -> bool:
+        in_place.append(real(self, *arguments))
+        return in_place[-1]
+
+    monkeypatch.setattr(DiskReader, "_read_in_place", watched)
+    with closing(DiskReader([file])) as reader:
+        block = reader._files[file].block_bytes
+        for is_alike in (True, False) * 8:
+            offset = rng.randrange(0, 2**20, 2)
+            num_bytes = rng.choice([len(content) - offset, rng.randrange(4 * block, 2**20)])
+            start = offset % block + block * rng.randrange(9) + (0 if is_alike else 2)
+            memory.fill(0xA5)
+            extent = Extent(file, offset, num_bytes, (ByteMove(offset, num_bytes, start),))
+            load = ExpertLoad()
+            in_place.clear()
+            before = reader.bytes_read
+            reader.submit((extent,), ExpertLayout((), 0), memory, load)
+            load.wait()
+            assert (memory[start : start + num_bytes] == content[offset : offset + num_bytes]).all()
+            assert (memory[:start] == 0xA5).all()
+            assert (memory[start + num_bytes :] == 0xA5).all()
+            assert num_bytes <= reader.bytes_read - before <= num_bytes + 2 * BLOCK
+            if reader.is_direct:
+                assert set(in_place) == {is_alike}
+
+
+def test_large_experts_need_no_copy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: beside their blocks all experts are read in place, and are what they were."""
+    tensor_map, (weights,) = big_layer(folder, width=1500)
+    beside = tensor_map.beside_blocks()
+    assert beside.slot_bytes % BLOCK_BYTES == 0
+    memory = anonymous_memory(beside.slot_bytes)
+    with closing(DiskReader(tensor_map.files())) as reader:
+        if reader.is_direct and max(f.block_bytes for f in reader._files.values()) == BLOCK_BYTES:
+            monkeypatch.setattr(reader, "_read", None)  # reads that are copied
+        for expert in range(4):
+            memory.fill(0xFF)
+            key, load = ExpertKey(0, expert), ExpertLoad()
+            reader.submit(beside.extents(key), beside.layout(key), memory, load)
+            load.wait()
+            found = beside.layout(key).views(torch.from_numpy(memory))
+            for name, value in weights.items():
+                assert_same_bits(found[name], value[expert])
+
+
+def test_small_experts_stay_where_they_are(folder: Path) -> None:
+    """Law: where the room for a block would count, there is none."""
+    tensor_map, _ = big_layer(folder, width=100)
+    assert tensor_map.beside_blocks().slot_bytes == tensor_map.slot_bytes

@@ -79,7 +79,7 @@ def test_layout_keeps_parameters_on_cache_lines() -> None:
     assert plain.num_bytes == 192
     assert plain.weight_bytes == 30 + 28 + 8
     phases = [62, 4, 56]
-    shifted = ExpertLayout.pack(shapes, with_phases=True).at(phases)
+    shifted = ExpertLayout.pack(shapes, phase_bytes=ALIGNMENT_BYTES).at(phases)
     end = 0
     for spec, phase in zip(shifted.parameters, phases, strict=True):
         assert spec.offset % ALIGNMENT_BYTES == phase

@@ -86,7 +86,7 @@ def build_tensor_map(
         if any(map(is_scaled, parameters.values())):
             layers.append(scaled_layer(site.num_experts, packed, parameters, expert_phases))
             continue
-        layout = ExpertLayout.pack(packed, with_phases=has_phases)
+        layout = ExpertLayout.pack(packed, phase_bytes=ALIGNMENT_BYTES if has_phases else 0)
         layers.append(LayerExperts(site.num_experts, layout, parameters, expert_phases))
     return TensorMap(layers)
 

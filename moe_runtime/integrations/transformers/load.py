@@ -279,9 +279,12 @@ class _Plan:
             settings = {"slots": self._expert_slots, "expert dtype": self._expert_dtype}
             parallel = self._ranks.share(found, self._checkpoint, settings)
             num_neighbours = self._ranks.world.num_neighbours
+        tensor_map = found.tensor_map
+        if not accelerated and not self._exact and computes_compact(maths):
+            tensor_map = tensor_map.beside_blocks()  # the kernel's bits know no addresses
         budget = plan_budget(
             self._memory,
-            found.tensor_map,
+            tensor_map,
             found.sites,
             dense_bytes=found.dense_bytes - (0 if accelerated else found.lookup_bytes),
             available_bytes=device_available_bytes(self._device) // num_neighbours,
@@ -296,7 +299,7 @@ class _Plan:
             _empty(site)
         self._scaled_dtypes = found.scaled_dtypes
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-        self.made = _Made(found.sites, maths, found.tensor_map, budget, found.dense_bytes, parallel)
+        self.made = _Made(found.sites, maths, tensor_map, budget, found.dense_bytes, parallel)
         lookups = () if accelerated else found.lookup_names
         return {
             name: _LazyTensor(partial(self._map if name in lookups else self._read, name))
