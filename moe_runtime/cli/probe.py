@@ -115,6 +115,12 @@ def _captions(hardware: "Hardware") -> Iterator[str]:
     if disk is not None:
         how = "O_DIRECT" if disk.direct else "dropped from the page cache before each read"
         yield f"disk: {disk.read_from}; {disk.file_system}, {how}"
+        if disk.beside_compute is not None:
+            yield (
+                f"both at work: the disk, one read at a time, keeps "
+                f"{disk.beside_compute.read_share:.0%} of its rate, reading memory "
+                f"{disk.beside_compute.compute_share:.0%}"
+            )
     if matmul is not None:
         yield _shape("weights", matmul)
     for index, gpu in enumerate(hardware.gpus):

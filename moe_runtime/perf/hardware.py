@@ -22,6 +22,7 @@ LinkGbps = Annotated[float, Plausible(0.01, 2000, "GB/s")]
 WeightsGbps = Annotated[float, Plausible(0.00001, 20_000, "GB/s")]
 Gflops = Annotated[float, Plausible(0.001, 100_000_000, "GFLOP/s")]
 Share = Annotated[float, Plausible(0, 10)]
+PartialShare = Annotated[float, Plausible(0.01, 1)]
 Cores = Annotated[float, Plausible(0, 1_000_000, "cores")]
 Megahertz = Annotated[int, Plausible(1, 100_000, "MHz")]
 Watts = Annotated[float, Plausible(1, 100_000, "W")]
@@ -109,6 +110,14 @@ class ReadRate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BesideCompute:
+    """What is left of the disk's rate, one read at a time, and of computing when both are busy."""
+
+    read_share: PartialShare
+    compute_share: PartialShare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Disk:
     """One file system. `direct`: O_DIRECT was used; else pages were dropped from the page cache."""
 
@@ -116,6 +125,7 @@ class Disk:
     direct: bool
     read_from: str
     reads: tuple[ReadRate, ...]
+    beside_compute: BesideCompute | None = None
 
     def __post_init__(self) -> None:
         if not self.reads:

@@ -21,6 +21,9 @@ class StepCost:
     expert_seconds: float  # of computing with one expert
     read_seconds: float  # of one expert from disk
     copy_seconds: float  # of one expert over the link to the GPU
+    # Of their speeds, what compute and a read ahead of need keep while both are at work.
+    compute_share: float = 1.0
+    read_share: float = 1.0
 
     @classmethod
     def of(cls, hardware: Hardware, *, expert_bytes: int, dense_bytes: int) -> Self:
@@ -38,11 +41,15 @@ class StepCost:
                 f"the hardware file has no pinned_to_gpu_gbps of its {gpu.name}; measure it with "
                 "moe-runtime probe"
             )
+        # Measured with compute on the CPU.
+        beside = None if gpu is not None else hardware.disk.beside_compute
         return cls(
             dense_seconds=_seconds(dense_bytes, weights_gbps),
             expert_seconds=_seconds(expert_bytes, weights_gbps),
             read_seconds=_seconds(expert_bytes, hardware.disk.best.gbps),
             copy_seconds=0.0 if link_gbps is None else _seconds(expert_bytes, link_gbps),
+            compute_share=1.0 if beside is None else beside.compute_share,
+            read_share=1.0 if beside is None else beside.read_share,
         )
 
 

@@ -4,10 +4,12 @@ Per forward, with h reads that were done when they were demanded, r seconds a re
 nothing, of which a demand waits for the piece under way (a share c of a read) at most, g reads of
 what had made room, and a predictor that takes p seconds:
 
-    gain = min(h r, idle, stall) - g r - w c r - p
+    gain = min(h r, idle, stall) - g r - w c r - p - b
 
 Time saved is bounded by what the disk is idle and by what compute waits, so by the overlap of
-copies and compute; both bounds are of forwards without reads ahead.
+copies and compute; both bounds are of forwards without reads ahead. b is by how much longer compute
+takes with reads beside it, once forwards of both kinds were seen: where one memory serves both, or
+threads that read and threads that compute share cores, what is saved waiting may be lost there.
 """
 
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ LEAST_GAIN = 0.01
 _HOPELESS_COST = 2 * MOST_COST  # ends a trial at once
 _TRIAL_FORWARDS = 8
 _UNCOUNTED = 2  # of a trial: what runs first runs slowly
+_COMPARED = _TRIAL_FORWARDS  # of each kind, before a difference of compute is believed
 _FIRST_PAUSE, _LONGEST_PAUSE = 64, 1024  # forwards until the next trial; doubled each time
 _RATE = 1 / 8
 _COST_RATE = 1 / 32  # of what changes little, and where one slow forward must not decide
@@ -122,8 +125,12 @@ class BenefitGate:
         means.add(_RATE, visits=facts.num_visits, idle=facts.idle_seconds)
         if facts.read_seconds is not None:
             means.add(_RATE, read=facts.read_seconds)
-        if self._mode is not Mode.ON:
+        busy = facts.seconds - facts.stall_seconds - facts.predictor_seconds
+        if self._mode is Mode.ON:
+            means.add(_COST_RATE, busy_beside_reads=busy)
+        else:
             means.add(_RATE, stall=facts.stall_seconds)
+            means.add(_COST_RATE, busy=busy)
         if self._mode is not Mode.OFF:
             counts = facts.counts
             means.add(_COST_RATE, predictor=facts.predictor_seconds)
@@ -187,7 +194,15 @@ class BenefitGate:
     def _gain(self, hidden: float, regrets: float, wasted: float, predictor: float) -> float:
         read = self._means["read"]
         saved = min(hidden * read, self._means["idle"], self._means["stall"])
-        return saved - regrets * read - wasted * self._piece_share * read - predictor
+        wrong = regrets * read + wasted * self._piece_share * read
+        return saved - wrong - predictor - self._growth()
+
+    def _growth(self) -> float:
+        """Seconds that compute takes longer beside reads; 0 while too few forwards say so."""
+        means = self._means
+        if min(means.counts.get(name, 0) for name in ("busy", "busy_beside_reads")) < _COMPARED:
+            return 0.0
+        return max(0.0, means["busy_beside_reads"] - means["busy"])
 
     def _expected(self) -> float:
         means = self._means
@@ -201,7 +216,7 @@ class BenefitGate:
             if self._left <= 0:
                 self._mode, self._why = Mode.TRIAL, "trying again after a pause"
                 self._left = _TRIAL_FORWARDS + _UNCOUNTED
-                means.drop("predictor", "hidden", "wasted", "regrets")
+                means.drop("predictor", "hidden", "wasted", "regrets", "busy_beside_reads")
         elif self._mode is Mode.TRIAL and self._left > 0 and cost <= _HOPELESS_COST * step:
             self._why = f"a trial, {self._left} forwards to go"
         elif cost > MOST_COST * step:

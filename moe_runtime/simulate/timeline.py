@@ -113,7 +113,7 @@ class _Run:
 
     def visit(self, keys: Sequence[ExpertKey]) -> None:
         self._compute(self.compute_free, self.cost.dense_seconds)
-        self._read_line(self.compute_free)
+        self._read_line()
         self.routed = self.compute_free
         self._correct(keys)
         held, reads = self.cache.decide(keys)
@@ -181,19 +181,29 @@ class _Run:
         if self.lanes is not None:
             self.lanes.compute.append((start, self.compute_free))
 
-    def _read_line(self, until: float) -> None:
-        """What is ahead of need, one after the other, from when the last demand was read."""
+    def _read_line(self) -> None:
+        """What is ahead of need, one after the other, from when the last demand was read.
+
+        Beside compute, which ends the later for it: each has its share of its speed.
+        """
+        compute_share, read_share = self.cost.compute_share, self.cost.read_share
         while self.line:
             start = max(self.disk_free, self.routed)
-            if start >= until:
+            work = self.compute_free - start  # left for compute, at its full speed
+            if work <= 0.0:
                 return
             key, left = next(iter(self.line.items()))
-            if start + left > until:
-                self.line[key] = left - (until - start)
-                self._read(start, until - start)
+            lasts = left / read_share
+            is_cut = lasts * compute_share > work
+            if is_cut:
+                lasts = work / compute_share
+            if compute_share < 1.0:
+                self._compute(self.compute_free, lasts * (1.0 - compute_share))
+            self._read(start, lasts)
+            if is_cut:
+                self.line[key] = max(0.0, left - lasts * read_share)
                 return
             del self.line[key]
-            self._read(start, left)
             self._copy(key)
 
     def _fetch(self, key: ExpertKey, ready: float, seconds: float) -> None:

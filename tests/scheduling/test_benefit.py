@@ -18,10 +18,11 @@ def facts(
     idle: float = 0.030,
     stall: float = 0.060,
     read: float | None = READ,
+    seconds: float = 0.120,
 ) -> ForwardFacts:
     return ForwardFacts(
         num_visits=LAYERS,
-        seconds=0.120,
+        seconds=seconds,
         predictor_seconds=predictor,
         stall_seconds=stall,
         idle_seconds=idle,
@@ -154,3 +155,20 @@ def test_a_state_goes_on_where_it_was() -> None:
     ):
         with pytest.raises((KeyError, TypeError, ValueError)):
             BenefitGate(piece_share=0.1).restore(broken)
+
+
+def test_compute_that_slows_down_beside_reads_is_a_cost() -> None:
+    """Law: what is saved waiting and lost computing is no gain, and ends the reads."""
+    gate = fed(facts(hidden=3.0, stall=0.060), 10)
+    assert gate.is_on
+    # 30 ms less waiting and 20 ms more computing.
+    for _ in range(20):
+        gate.add(facts(hidden=3.0, stall=0.030, seconds=0.110))
+    assert gate.is_on
+    assert gate.report()["expected_gain_ms_per_layer"] == pytest.approx(9.9 / LAYERS, rel=0.02)
+    for _ in range(200):
+        gate.add(facts(hidden=3.0, stall=0.030, seconds=0.130))
+        if not gate.is_on:
+            break
+    assert not gate.is_on
+    assert "expected gain -" in str(gate.report()["why"])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from moe_runtime.cache.lru import LRUPolicy
 from moe_runtime.cache.plec import PLECPolicy
+from moe_runtime.cache.predictions import Predictions
 from moe_runtime.expert import ExpertKey
 from moe_runtime.perf.step_cost import StepCost
 from moe_runtime.predictors.predictor import ModelFacts
@@ -167,6 +168,76 @@ def test_worked_example() -> None:
     assert found.compute_seconds == 10.0
     assert found.stall_seconds == 6.0
     assert found.num_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("read_seconds", "disk", "total"),
+    [
+        # Dense 0-4; a is read 4-6, computed 6-7. b is read from 6 on at half speed, so to 10; of
+        # the dense part's 5 seconds from there on it costs 2: to 13, and b computes to 14.
+        (2.0, [(4.0, 6.0), (6.0, 10.0)], 14.0),
+        # a is read 4-10, computed to 11. The dense part would end at 15 and takes to 20 beside the
+        # read, of which 5 are done then: the last one is waited for.
+        (6.0, [(4.0, 10.0), (10.0, 20.0), (20.0, 21.0)], 22.0),
+    ],
+)
+def test_worked_example_of_a_read_beside_compute(
+    read_seconds: float, disk: list[tuple[float, float]], total: float
+) -> None:
+    """Law: a read ahead and the compute beside it have each their share of their speed."""
+    cost = StepCost(
+        dense_seconds=4.0,
+        expert_seconds=1.0,
+        read_seconds=read_seconds,
+        copy_seconds=0.0,
+        compute_share=0.5,
+        read_share=0.5,
+    )
+    a, b = ExpertKey(0, 0), ExpertKey(1, 0)
+    lanes = Lanes()
+    found = play(
+        [[a], [b]],
+        LRUPolicy(),
+        2,
+        cost,
+        advice=[Predictions.of({b: 1.0}, (2, 1))] * 2,
+        is_prefetching=True,
+        lanes=lanes,
+    )
+    assert lanes.disk == disk
+    assert found.seconds == total
+    assert found.hits == 1
+    for lane in (lanes.compute, lanes.disk):
+        assert all(end <= start for (_, end), (start, _) in pairwise(lane))
+
+
+@given(
+    trace=traces,
+    cost=costs,
+    slots=st.integers(1, 20),
+    shares=st.tuples(st.floats(0.1, 1.0), st.floats(0.1, 1.0)),
+)
+@settings(max_examples=50)
+def test_company_makes_nothing_faster(
+    trace: Trace, cost: StepCost, slots: int, shares: tuple[float, float]
+) -> None:
+    """Law: no run without reads ahead changes, and none with them computes less."""
+    shared = replace(cost, compute_share=shares[0], read_share=shares[1])
+    for is_prefetching in (False, True):
+        alone, beside = (
+            play(
+                Accesses.of(trace).visits(),
+                PLECPolicy(trace.num_layers, trace.num_experts),
+                slots,
+                each,
+                is_prefetching=is_prefetching,
+            )
+            for each in (cost, shared)
+        )
+        assert beside.compute_seconds >= alone.compute_seconds - ROUNDING
+        assert beside.stall_seconds >= 0
+        if not is_prefetching:
+            assert beside == alone
 
 
 def test_knowing_ahead_and_fetching_ahead_takes_stalls_away() -> None:

@@ -26,8 +26,12 @@ from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.measure.bench.oracle import Oracle
+from moe_runtime.measure.contention import Contention
+from moe_runtime.measure.probe.memory_rate import CpuMemoryRate, pool_bytes
+from moe_runtime.measure.random_read import RandomReads
 from moe_runtime.measure.replay_routing import RoutingReplay
 from moe_runtime.memory.disk import CHUNK_BYTES
+from moe_runtime.perf.hardware import BesideCompute
 from moe_runtime.perf.step_cost import StepCost
 from moe_runtime.predictors.live_gates import LiveGates
 from moe_runtime.predictors.predictor import Fingerprint, Foreteller
@@ -40,6 +44,7 @@ from moe_runtime.simulate.timeline import Timeline, play
 from moe_runtime.trace import Trace
 
 ORACLE = "oracle"
+_CONTENTION_ROUNDS = 7
 _UPPER = 1.645  # of a normal distribution: one side, 95 %
 
 
@@ -73,7 +78,10 @@ class Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """`ratio` is time on / time off, the geometric mean over pairs; `upper` its 95 % bound."""
+    """`ratio` is time on / time off, the geometric mean over pairs; `upper` its 95 % bound.
+
+    `beside_compute` was measured before the pairs; the simulation knows it.
+    """
 
     num_pairs: int
     num_tokens: int
@@ -82,6 +90,7 @@ class Pairs:
     ratio: float
     upper: float
     simulated_ratio: float
+    beside_compute: BesideCompute
     prediction: dict[str, Any]
 
 
@@ -142,6 +151,7 @@ def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pai
     A pair is two blocks, of which each instance decodes one with prediction and one without: no two
     of them are equally fast (where their memory lies decides), and here that cancels.
     """
+    beside = _contention(Path(request.model))
     with ExitStack() as stack:
         sides = []
         for _ in range(2):
@@ -168,7 +178,7 @@ def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pai
             logs.append(log / 2)
         prediction = sides[0].owner.report()["prediction"]
         num_tokens = 2 * request.num_pairs * request.block_tokens
-        simulated = _simulate(request, sides[0], totals[False], num_tokens)
+        simulated = _simulate(request, sides[0], totals[False], num_tokens, beside)
     mean = statistics.fmean(logs)
     error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
     return Pairs(
@@ -179,6 +189,7 @@ def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pai
         ratio=math.exp(mean),
         upper=math.exp(mean + _UPPER * error),
         simulated_ratio=simulated[1].seconds / simulated[0].seconds,
+        beside_compute=beside,
         prediction=prediction,
     )
 
@@ -276,8 +287,25 @@ def _foreteller(request: PairsRequest, side: _Contestant) -> Foreteller:
     return load_predictor(Path(request.predictor), Fingerprint.of(request.trace))
 
 
+def _contention(folder: Path) -> BesideCompute:
+    files = sorted(folder.glob("*.safetensors"))
+    threads = torch.get_num_threads()
+    with (
+        RandomReads(files) as reads,
+        CpuMemoryRate(num_threads=threads, num_bytes=pool_bytes(threads)) as memory,
+    ):
+        contention = Contention(memory, reads)
+        for _ in range(_CONTENTION_ROUNDS):
+            contention.sample()
+    return contention.result()
+
+
 def _simulate(
-    request: PairsRequest, side: _Contestant, counted: _Counted, num_tokens: int
+    request: PairsRequest,
+    side: _Contestant,
+    counted: _Counted,
+    num_tokens: int,
+    beside: BesideCompute,
 ) -> list[Timeline]:
     """The counted rows on lanes, off and on, with what the blocks without prediction took.
 
@@ -290,6 +318,8 @@ def _simulate(
         / (counted.hits + counted.misses),
         read_seconds=times.fetch_seconds / max(1, times.fetched),
         copy_seconds=0.0,
+        compute_share=beside.compute_share,
+        read_share=beside.read_share,
     )
     num_layers = len(side.owner.sites)
     num_rows = request.warm_tokens + num_tokens

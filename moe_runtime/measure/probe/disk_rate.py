@@ -7,7 +7,7 @@ from moe_runtime.measure.direct_read import FolderReads
 from moe_runtime.measure.file_system import is_in_memory
 from moe_runtime.measure.probe.rounding import rounded, rounded_quartiles
 from moe_runtime.measure.spread import Spread
-from moe_runtime.perf.hardware import Disk, ReadRate
+from moe_runtime.perf.hardware import BesideCompute, Disk, ReadRate
 
 _KIB, _MIB = 2**10, 2**20
 BLOCK_BYTES = (128 * _KIB, 704 * _KIB, _MIB, 4 * _MIB, 12 * _MIB)
@@ -20,7 +20,7 @@ class DiskRates:
 
     def __init__(self, found: FolderReads) -> None:
         self._found = found
-        self._reads = found.reads
+        self.reads = found.reads
         self._random = random.Random(0)
         self._gbps: dict[tuple[int, int], list[float]] = defaultdict(list)
 
@@ -32,13 +32,13 @@ class DiskRates:
         settings = [(size, depth) for size in BLOCK_BYTES for depth in DEPTHS]
         self._random.shuffle(settings)
         for size, depth in settings:
-            rate = self._reads.rate_gbps(
+            rate = self.reads.rate_gbps(
                 block_bytes=size, num_threads=depth, seconds=_SAMPLE_SECONDS
             )
             self._gbps[size, depth].append(rate)
 
-    def result(self) -> Disk:
-        """Medians and quartiles of the samples so far."""
+    def result(self, beside_compute: BesideCompute) -> Disk:
+        """Medians and quartiles of the samples so far, with what was measured of both at work."""
         reads = []
         for (size, depth), rates in sorted(self._gbps.items()):
             spread = Spread.of(rates)
@@ -51,10 +51,11 @@ class DiskRates:
                 )
             )
         return Disk(
-            file_system=self._reads.file_system,
-            direct=self._reads.is_direct,
+            file_system=self.reads.file_system,
+            direct=self.reads.is_direct,
             read_from=self._found.source,
             reads=tuple(reads),
+            beside_compute=beside_compute,
         )
 
     def samples(self) -> dict[str, list[float]]:
@@ -67,15 +68,15 @@ class DiskRates:
     def remarks(self) -> list[str]:
         """What a reader of the figures has to know."""
         found = []
-        if is_in_memory(self._reads.file_system):
+        if is_in_memory(self.reads.file_system):
             found.append(
-                f"{self._reads.file_system} keeps files in memory and nothing can be dropped from "
+                f"{self.reads.file_system} keeps files in memory and nothing can be dropped from "
                 "there: the read rates are those of a copy, not of a disk; name a folder on a disk "
                 "with --path"
             )
-        elif not self._reads.is_direct:
+        elif not self.reads.is_direct:
             found.append(
-                f"{self._reads.file_system} refuses O_DIRECT: read through the page cache, dropped "
+                f"{self.reads.file_system} refuses O_DIRECT: read through the page cache, dropped "
                 "before each read"
             )
         if self._found.is_scratch:

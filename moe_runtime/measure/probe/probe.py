@@ -13,6 +13,7 @@ import torch
 
 from moe_runtime import __version__
 from moe_runtime.errors import ProbeError
+from moe_runtime.measure.contention import Contention
 from moe_runtime.measure.direct_read import open_folder
 from moe_runtime.measure.probe.disk_rate import DiskRates
 from moe_runtime.measure.probe.gpu_rate import (
@@ -102,6 +103,7 @@ def probe(
         gpus = [GpuRates(gpu, sizes.gpu) for gpu in gpu_devices(nvml)]
         for gpu in gpus:
             gpu.warm_up()
+        contention = Contention(memory, disk.reads)
         load = OtherLoad()
 
         def measure_memory() -> None:
@@ -111,6 +113,7 @@ def probe(
         parts: list[tuple[str, Callable[[], None]]] = [
             ("disk", disk.sample),
             ("memory", measure_memory),
+            ("disk and memory together", contention.sample),
             ("matrix products", matmul.sample),
             *((f"GPU {index}", gpu.sample) for index, gpu in enumerate(gpus)),
         ]
@@ -144,11 +147,12 @@ def probe(
                 copy_gbps_quartiles=rounded_quartiles(copies),
             ),
             matmul=matmul.result(),
-            disk=disk.result(),
+            disk=disk.result(contention.result()),
             gpus=tuple(gpu.result() for gpu in gpus) or _unmeasured(nvml),
         )
         samples = {
             **disk.samples(),
+            **contention.samples(),
             "memory read": memory.reads_gbps,
             "memory copy": memory.copies_gbps,
             **matmul.samples(),

@@ -1,0 +1,84 @@
+"""How much disk and processor slow each other down when both are at work."""
+
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from moe_runtime.measure.random_read import RandomReads
+from moe_runtime.perf.hardware import BesideCompute
+
+_SECONDS = 0.25  # of each of the three
+_BLOCK_BYTES = 704 * 2**10  # what the runtime reads ahead at a time
+
+
+class Compute(Protocol):
+    """Work of all threads that is as fast as memory is, as experts of one token are."""
+
+    def read_gbps(self) -> float:
+        """Do a good deal of it, and say how fast it went."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    compute: float
+    read: float
+
+
+class Contention:
+    """Rounds of computing alone, reading alone and both, one read under way at a time.
+
+    Where the disk is virtual, its host copies every block in the memory and with the processors
+    that compute, and two lanes that a simulation keeps apart are not apart.
+    """
+
+    def __init__(self, compute: Compute, reads: RandomReads) -> None:
+        self._compute, self._reads = compute, reads
+        self._compute_shares: list[float] = []
+        self._read_shares: list[float] = []
+
+    def sample(self) -> None:
+        """One round."""
+        compute = self._computed_until(time.perf_counter() + _SECONDS)
+        read = self._reads.rate_gbps(block_bytes=_BLOCK_BYTES, num_threads=1, seconds=_SECONDS)
+        both = self._both()
+        self._compute_shares.append(both.compute / compute)
+        self._read_shares.append(both.read / read)
+
+    def result(self) -> BesideCompute:
+        """Medians over the rounds; nothing is said to be faster in company."""
+        return BesideCompute(
+            read_share=round(min(1.0, statistics.median(self._read_shares)), 3),
+            compute_share=round(min(1.0, statistics.median(self._compute_shares)), 3),
+        )
+
+    def samples(self) -> dict[str, list[float]]:
+        """Every sample in its order, by a name that says what it is of."""
+        return {
+            "disk read beside compute, share of alone": self._read_shares,
+            "compute beside disk read, share of alone": self._compute_shares,
+        }
+
+    def _both(self) -> _Rates:
+        read: list[float] = []
+
+        def work() -> None:
+            read.append(
+                self._reads.rate_gbps(block_bytes=_BLOCK_BYTES, num_threads=1, seconds=_SECONDS)
+            )
+
+        reader = threading.Thread(target=work)
+        until = time.perf_counter() + _SECONDS
+        reader.start()
+        try:
+            compute = self._computed_until(until)
+        finally:
+            reader.join()
+        return _Rates(compute, read[0])
+
+    def _computed_until(self, end: float) -> float:
+        rates = [self._compute.read_gbps()]
+        while time.perf_counter() < end:
+            rates.append(self._compute.read_gbps())
+        return statistics.harmonic_mean(rates)
