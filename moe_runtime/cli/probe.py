@@ -118,7 +118,7 @@ def _captions(hardware: "Hardware") -> Iterator[str]:
         if disk.beside_compute is not None:
             yield (
                 f"both at work: the disk, one read at a time, keeps "
-                f"{disk.beside_compute.read_share:.0%} of its rate, reading memory "
+                f"{disk.beside_compute.read_share:.0%} of its rate, computing "
                 f"{disk.beside_compute.compute_share:.0%}"
             )
     if matmul is not None:

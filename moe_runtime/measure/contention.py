@@ -1,23 +1,20 @@
 """How much disk and processor slow each other down when both are at work."""
 
+import math
 import statistics
 import threading
 import time
 from dataclasses import dataclass
-from typing import Protocol
+
+import torch
+from torch.nn import functional
 
 from moe_runtime.measure.random_read import RandomReads
 from moe_runtime.perf.hardware import BesideCompute
 
 _SECONDS = 0.25  # of each of the three
+_MATRIX_BYTES = 8 * 2**20
 _BLOCK_BYTES = 704 * 2**10  # what the runtime reads ahead at a time
-
-
-class Compute(Protocol):
-    """Work of all threads that is as fast as memory is, as experts of one token are."""
-
-    def read_gbps(self) -> float:
-        """Do a good deal of it, and say how fast it went."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +30,13 @@ class Contention:
     that compute, and two lanes that a simulation keeps apart are not apart.
     """
 
-    def __init__(self, compute: Compute, reads: RandomReads) -> None:
-        self._compute, self._reads = compute, reads
+    def __init__(self, pool: torch.Tensor, reads: RandomReads) -> None:
+        """`pool`: more bytes than caches hold, sound numbers as bfloat16."""
+        width = math.isqrt(_MATRIX_BYTES // 2)
+        num = len(pool) // _MATRIX_BYTES
+        self._weights = pool[: num * _MATRIX_BYTES].view(torch.bfloat16).view(num, width, width)
+        self._x = self._weights[0, :1]
+        self._reads = reads
         self._compute_shares: list[float] = []
         self._read_shares: list[float] = []
 
@@ -78,7 +80,9 @@ class Contention:
         return _Rates(compute, read[0])
 
     def _computed_until(self, end: float) -> float:
-        rates = [self._compute.read_gbps()]
-        while time.perf_counter() < end:
-            rates.append(self._compute.read_gbps())
-        return statistics.harmonic_mean(rates)
+        """Products a second of one row and a matrix, as a layer has them for one token."""
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() < end or not count:
+            functional.linear(self._x, self._weights[count % len(self._weights)])
+            count += 1
+        return count / (time.perf_counter() - start)

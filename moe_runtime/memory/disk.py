@@ -147,30 +147,24 @@ class DiskReader:
         return jobs
 
     def _chunk_jobs(self, extent: Extent, blob: Blob) -> list[Callable[[], None]]:
-        """Equal chunks of an extent of plain bytes, each a read and its copies."""
+        """Chunks of an extent of plain bytes, each a read and its copies.
+
+        What is larger than a chunk has chunks of its own, which can be read in place; what is
+        smaller shares them.
+        """
         file = self._files[extent.file]
-        num_chunks = -(-extent.num_bytes // self._chunk_bytes)
-        step = -(-extent.num_bytes // num_chunks)
-        # Inner borders on whole pages: neighbours read no block twice.
-        borders = [extent.offset]
-        for i in range(1, num_chunks):
-            borders.append((extent.offset + i * step) // _PAGE_BYTES * _PAGE_BYTES)
-        borders.append(extent.offset + extent.num_bytes)
         jobs: list[Callable[[], None]] = []
-        for start, end in itertools.pairwise(borders):
-            moves = [
-                (max(m.file_offset, start), min(m.file_offset + m.num_bytes, end), m)
-                for m in extent.moves
-                if isinstance(m, ByteMove)
-            ]
-            copies = [
-                (first - start, last - first, m.blob_offset + first - m.file_offset)
-                for first, last, m in moves
-                if first < last
-            ]
-            jobs.append(
-                lambda f=file, s=start, n=end - start, c=copies: self._read_plain(f, s, n, c, blob)  # type: ignore[misc]
-            )
+        for moves in _runs(extent, self._chunk_bytes):
+            first, last = moves[0].file_offset, moves[-1].file_offset + moves[-1].num_bytes
+            for start, end in itertools.pairwise(_borders(first, last, self._chunk_bytes)):
+                copies = []
+                for move in moves:
+                    source = max(move.file_offset, start)
+                    length = min(move.file_offset + move.num_bytes, end) - source
+                    if length > 0:
+                        destination = move.blob_offset + source - move.file_offset
+                        copies.append((source - start, length, destination))
+                jobs.append(partial(self._read_plain, file, start, end - start, copies, blob))
         return jobs
 
     def _block_jobs(self, extent: Extent, blob: Blob) -> list[Callable[[], None]]:
@@ -351,6 +345,28 @@ class DiskReader:
             )
         with self._counter_lock:
             self._bytes_read += num_bytes
+
+
+def _runs(extent: Extent, large_bytes: int) -> list[list[ByteMove]]:
+    """The moves in order, each large one by itself and neighbours of the others together."""
+    runs: list[list[ByteMove]] = []
+    was_large = True
+    for move in extent.moves:
+        assert isinstance(move, ByteMove)
+        is_large = move.num_bytes > large_bytes
+        if is_large or was_large:
+            runs.append([])
+        runs[-1].append(move)
+        was_large = is_large
+    return runs
+
+
+def _borders(start: int, end: int, chunk_bytes: int) -> list[int]:
+    """Of equal chunks; inner ones on whole pages, so that neighbours read no block twice."""
+    num_chunks = -(-(end - start) // chunk_bytes)
+    step = -(-(end - start) // num_chunks)
+    inner = [(start + i * step) // _PAGE_BYTES * _PAGE_BYTES for i in range(1, num_chunks)]
+    return [start, *inner, end]
 
 
 def _close_all(files: dict[Path, _OpenFile]) -> None:

@@ -420,7 +420,7 @@ def assert_chunks_fit(reader: DiskReader, file: Path, offset: int) -> None:
 
 def chunks_of(reader: DiskReader, extent: Extent) -> Iterator[tuple[object, int, int]]:
     for job in reader._chunk_jobs(extent, aligned_blob(64)):
-        file, start, length, _ = job.__defaults__  # type: ignore[attr-defined]
+        file, start, length, *_ = job.args  # type: ignore[attr-defined]
         yield file, start, length
 
 
@@ -480,6 +480,23 @@ def test_large_experts_need_no_copy(folder: Path, monkeypatch: pytest.MonkeyPatc
             found = beside.layout(key).views(torch.from_numpy(memory))
             for name, value in weights.items():
                 assert_same_bits(found[name], value[expert])
+
+
+def test_a_read_that_is_cut_stays_in_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: chunks end where large parameters do; neighbours lie at other phases."""
+    tensor_map, _ = big_layer(folder, width=1500)
+    beside = tensor_map.beside_blocks()
+    memory = anonymous_memory(beside.slot_bytes)
+    with closing(DiskReader(tensor_map.files(), chunk_bytes=100_000)) as reader:
+        if not reader.is_direct:
+            pytest.skip("this file system refuses direct reads")
+        if max(f.block_bytes for f in reader._files.values()) != BLOCK_BYTES:
+            pytest.skip("this disk has larger blocks")
+        monkeypatch.setattr(reader, "_read", None)
+        load = ExpertLoad()
+        key = ExpertKey(0, 1)
+        reader.submit(beside.extents(key), beside.layout(key), memory, load)
+        load.wait()
 
 
 def test_small_experts_stay_where_they_are(folder: Path) -> None:

@@ -294,7 +294,7 @@ def _contention(folder: Path) -> BesideCompute:
         RandomReads(files) as reads,
         CpuMemoryRate(num_threads=threads, num_bytes=pool_bytes(threads)) as memory,
     ):
-        contention = Contention(memory, reads)
+        contention = Contention(memory.pool, reads)
         for _ in range(_CONTENTION_ROUNDS):
             contention.sample()
     return contention.result()

@@ -103,7 +103,7 @@ def probe(
         gpus = [GpuRates(gpu, sizes.gpu) for gpu in gpu_devices(nvml)]
         for gpu in gpus:
             gpu.warm_up()
-        contention = Contention(memory, disk.reads)
+        contention = Contention(memory.pool, disk.reads)
         load = OtherLoad()
 
         def measure_memory() -> None:
