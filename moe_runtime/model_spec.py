@@ -16,8 +16,8 @@ class LayerSpec:
     """One decoder layer. Parameters count biases and norms; `num_experts` is 0 without experts.
 
     `cached_values` are kept for each token of the context, of the last `window_tokens` where that
-    is set; latent vectors where attention is latent. `score_values` are multiplied for one new token with each cached one: all query heads times the
-    widths of a key and of a value.
+    is set; latent vectors where attention is latent. `score_values` are multiplied for one new
+    token with each cached one: all query heads times the widths of a key and of a value.
     """
 
     attention_parameters: int
