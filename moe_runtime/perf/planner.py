@@ -1,6 +1,5 @@
 """Chooses memory, cache and kernels together: every combination is estimated, the best one kept."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -9,7 +8,12 @@ from moe_runtime.errors import BudgetError, ConfigError
 from moe_runtime.perf.bounds import bounds
 from moe_runtime.perf.latency import ExpertForm, LatencyModel, Setup
 from moe_runtime.perf.plan import Candidate, MemoryUse, Plan, PlanRequest, Remedy, Settings
-from moe_runtime.perf.plan_memory import limit_bytes, micro_batch, use_memory
+from moe_runtime.perf.plan_memory import (
+    limit_bytes,
+    micro_batch,
+    smallest_limit,
+    use_memory,
+)
 from moe_runtime.perf.rates import Rates
 from moe_runtime.perf.remedies import changes
 
@@ -46,19 +50,20 @@ def _ranked(request: PlanRequest) -> list[Candidate]:
         request.curve,
     )
     found: dict[Settings, Candidate] = {}
-    smallest: int | None = None
+    refused: list[tuple[int, ExpertForm]] = []
     for batch, form in product(_batches(request), forms):
         memory = use_memory(request, form, batch)
-        if isinstance(memory, int):
-            smallest = memory if smallest is None else min(smallest, memory)
+        if memory is None:
+            refused.append((batch, form))
             continue
         for candidate in _candidates(request, model, form, batch, memory):
-            if math.isfinite(candidate.tokens_per_second) and candidate.tokens_per_second > 0:
+            if candidate.tokens_per_second > 0:
                 found.setdefault(candidate.settings, candidate)
     if found:
         # Of equals the plainest, which comes first.
         return sorted(found.values(), key=lambda one: -one.tokens_per_second)
-    if smallest is not None:
+    if refused:
+        smallest = min(smallest_limit(request, form, batch) for batch, form in refused)
         where = "GPU" if request.hardware.gpus else "CPU"
         raise BudgetError(
             f"{limit_bytes(request)} bytes of {where} memory do not hold the dense weights of "
