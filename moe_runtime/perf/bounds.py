@@ -26,7 +26,7 @@ def bounds(request: PlanRequest, best: Candidate) -> dict[str, object]:
     The link is the GPU's, else the disk, else memory itself; the cache gets what experts would.
     """
     spec = request.spec
-    rates = Rates.of(request.hardware, value_bytes=spec.value_bytes)
+    rates = Rates.of(request.hardware, value_bytes=spec.value_bytes, read_bytes=spec.expert_bytes)
     link = rates.link_bytes_per_second or rates.disk_bytes_per_second
     names = (Lane.LINK, Lane.DISK, Lane.COMPUTE)
     known = (rates.link_bytes_per_second, rates.disk_bytes_per_second, 1.0)

@@ -3,7 +3,7 @@
 Lanes are arithmetic (which reads weights from memory), the link to a GPU, and the disk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moe_runtime.model_spec import FORMAT_BITS, ModelSpec
@@ -13,17 +13,43 @@ from moe_runtime.perf.rates import Rates
 # Packed experts take this share of their bytes, lossless; rounded ones those of bfloat16 over it.
 PACKED_SHARE = 0.751
 ROUNDED_SHRINK = {"int8": 1.95, "int4": 3.5}
-# Python, norms, routing and small tensors of one layer and one step: seconds that no rate explains.
-# With torch's linear layers, and with the kernel's; and of a GPU, where kernels are launched.
-LAYER_SECONDS = 0.57e-3
-KERNEL_LAYER_SECONDS = 0.39e-3
-GPU_LAYER_SECONDS = 0.4e-3
 MOST_KERNEL_ROWS = 8
 # plec's own time a token, and the recall of the model's own routers a layer ahead.
 PLEC_SECONDS = 1.5e-3
 LOOKAHEAD_RECALL = 0.8
 # A quantised expert is expanded when it is used: written and read once more in 16 bits.
 _EXPANSIONS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overheads:
+    """Seconds that no rate explains: Python, norms, routing, small tensors, starting reads.
+
+    Of a layer, with torch's linear layers and with the kernel's; of each distinct expert that a
+    step misses, and of each token in each layer.
+    """
+
+    layer_seconds: float
+    kernel_layer_seconds: float
+    miss_seconds: float
+    row_seconds: float
+
+
+# Fitted by scripts/bench_model.py to 35 runs of a small random model, none of the validated ones, on
+# two cores: median error 8 %, worst 40 %.
+CPU_OVERHEADS = Overheads(
+    layer_seconds=0.805e-3,
+    kernel_layer_seconds=0.665e-3,
+    miss_seconds=0.136e-3,
+    row_seconds=0.021e-3,
+)
+# Never timed: a layer's kernels, each launched in some microseconds.
+GPU_OVERHEADS = Overheads(
+    layer_seconds=0.4e-3,
+    kernel_layer_seconds=0.4e-3,
+    miss_seconds=0.0,
+    row_seconds=0.0,
+)
 
 
 class Lane(StrEnum):
@@ -117,7 +143,16 @@ class Step:
 class LatencyModel:
     """One model on one machine, with the hit rates of `curve`, or stated priors."""
 
-    def __init__(self, spec: ModelSpec, rates: Rates, curve: HitCurve | None = None) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rates: Rates,
+        curve: HitCurve | None = None,
+        *,
+        overheads: Overheads | None = None,
+    ) -> None:
+        usual = CPU_OVERHEADS if rates.link_bytes_per_second is None else GPU_OVERHEADS
+        self._overheads = usual if overheads is None else overheads
         self.spec = spec
         self.rates = rates
         self._curve = curve
@@ -128,6 +163,10 @@ class LatencyModel:
             return self._curve.at(num_slots, self.spec, setup.batch)
         prior = PLEC_PRIOR if setup.policy == "plec" else LRU_PRIOR
         return prior.at(num_slots, self.spec, setup.batch)
+
+    def _used_experts(self, setup: Setup) -> float:
+        curve = LRU_PRIOR if self._curve is None else self._curve
+        return curve.used_experts(self.spec, setup.batch)
 
     def step(self, setup: Setup) -> Step:
         """One new token for each of `batch` sequences.
@@ -144,7 +183,7 @@ class LatencyModel:
         """
         spec, rates = self.spec, self.rates
         num_layers = len(spec.moe_layers)
-        used = spec.active_experts(setup.batch)
+        used = self._used_experts(setup)
         rows = setup.batch * spec.experts_per_token / used
         hit_rate = self.hit_rate(setup, setup.num_slots)
         missed = used * (1 - hit_rate)
@@ -156,7 +195,7 @@ class LatencyModel:
         elif missed:
             host_rate = 0.0
         dense = self._dense_seconds(setup)
-        software = self._software_seconds(setup)
+        software = self._software_seconds(setup, missed)
         expert = rates.kernel.seconds(setup.form.used_bytes, rows)
         disk = self._disk_seconds(missed * (1 - host_rate) * setup.form.disk_bytes)
         link, extra = 0.0, 0.0
@@ -208,7 +247,9 @@ class LatencyModel:
             reach = setup.num_slots + setup.num_host_slots
             from_disk = 0.0 if reach >= spec.num_experts else absent
             fetch = max(link, self._disk_seconds(from_disk * setup.form.disk_bytes))
-        return max(fetch, compute) + self._software_seconds(setup)
+        return max(fetch, compute) + self._software_seconds(
+            replace(setup, batch=tokens), used, absent
+        )
 
     def _dense_seconds(self, setup: Setup) -> float:
         """Of dense weights, and of the attention cache, which transformers copies to append."""
@@ -218,14 +259,13 @@ class LatencyModel:
         seconds += cached / self.rates.memory_bytes_per_second
         return seconds + cached / self.rates.copy_bytes_per_second
 
-    def _software_seconds(self, setup: Setup) -> float:
-        num_layers = len(self.spec.layers)
-        if self.rates.link_bytes_per_second is not None:
-            layer_seconds = GPU_LAYER_SECONDS
-        else:
-            layer_seconds = KERNEL_LAYER_SECONDS if setup.uses_kernel else LAYER_SECONDS
-        extra = setup.batch * PLEC_SECONDS if setup.policy == "plec" else 0.0
-        return num_layers * layer_seconds + extra
+    def _software_seconds(self, setup: Setup, missed: float) -> float:
+        """Of layers, of rows in each, and of experts that are missing."""
+        costs, num_layers = self._overheads, len(self.spec.layers)
+        a_layer = costs.kernel_layer_seconds if setup.uses_kernel else costs.layer_seconds
+        seconds = num_layers * (a_layer + setup.batch * costs.row_seconds)
+        seconds += missed * costs.miss_seconds
+        return seconds + (setup.batch * PLEC_SECONDS if setup.policy == "plec" else 0.0)
 
     def _disk_seconds(self, num_bytes: float) -> float:
         rate = self.rates.disk_bytes_per_second

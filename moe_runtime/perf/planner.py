@@ -46,7 +46,11 @@ def _ranked(request: PlanRequest) -> list[Candidate]:
     forms = _forms(request)
     model = LatencyModel(
         request.spec,
-        Rates.of(request.hardware, value_bytes=request.spec.value_bytes),
+        Rates.of(
+            request.hardware,
+            value_bytes=request.spec.value_bytes,
+            read_bytes=request.spec.expert_bytes,
+        ),
         request.curve,
     )
     found: dict[Settings, Candidate] = {}

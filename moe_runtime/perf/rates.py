@@ -1,11 +1,12 @@
 """The rates of one machine that a latency model reads, drawn from its hardware file."""
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 
-from moe_runtime.perf.hardware import Gpu, Hardware, Matmul
+from moe_runtime.perf.hardware import Disk, Gpu, Hardware, Matmul
 
 _GIGA = 1e9
 _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
@@ -59,8 +60,11 @@ class Rates:
     is_datasheet: bool
 
     @classmethod
-    def of(cls, hardware: Hardware, *, value_bytes: int) -> Self:
-        """Of the machine's first GPU if it has one, else of its CPU."""
+    def of(cls, hardware: Hardware, *, value_bytes: int, read_bytes: int | None = None) -> Self:
+        """Of the machine's first GPU if it has one, else of its CPU.
+
+        The disk's rate is that of reads of about `read_bytes`, or the best of all.
+        """
         memory = hardware.memory
         gpu = hardware.gpus[0] if hardware.gpus else None
         read = memory.read_gbps * _GIGA
@@ -68,7 +72,7 @@ class Rates:
         host_linear, host_kernel = _products(
             hardware.matmul, read, cores * _CORE_FLOPS, value_bytes
         )
-        disk = None if hardware.disk is None else hardware.disk.best.gbps * _GIGA
+        disk = None if hardware.disk is None else _disk_gbps(hardware.disk, read_bytes) * _GIGA
         if gpu is None:
             return cls(
                 linear=host_linear,
@@ -95,6 +99,17 @@ class Rates:
             link_bytes_per_second=(memory.copy_gbps if link is None else link) * _GIGA,
             is_datasheet=hardware.source == "datasheet",
         )
+
+
+def _disk_gbps(disk: Disk, read_bytes: int | None) -> float:
+    """The highest of the block size nearest to `read_bytes`, by ratio."""
+    if read_bytes is None:
+        return disk.best.gbps
+    nearest = min(
+        (read.block_bytes for read in disk.reads),
+        key=lambda size: abs(math.log(size / read_bytes)),
+    )
+    return max(read.gbps for read in disk.reads if read.block_bytes == nearest)
 
 
 def _gpu_read(gpu: Gpu) -> float:

@@ -35,10 +35,10 @@ def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if hardware.disk is not None:
         yield (
             "a disk twice as fast",
-            replace(request, hardware=replace(hardware, disk=_twice_as_fast(hardware.disk))),
+            replace(request, hardware=replace(hardware, disk=scaled_disk(hardware.disk, 2))),
         )
     if gpu is None:
-        yield "memory twice as fast", replace(request, hardware=_with_fast_memory(hardware))
+        yield "memory twice as fast", replace(request, hardware=scaled_memory(hardware, 2))
         if spec.expert_format == "bfloat16" and not spec.is_packed:
             yield (
                 "packed experts (moe-runtime pack)",
@@ -55,18 +55,19 @@ def _with_link(gpu: Gpu, gbps: float) -> Gpu:
     return replace(gpu, pinned_to_gpu_gbps=gbps, pinned_to_gpu_gbps_quartiles=None)
 
 
-def _twice_as_fast(disk: Disk) -> Disk:
-    reads = tuple(replace(r, gbps=2 * r.gbps, gbps_quartiles=None) for r in disk.reads)
+def scaled_disk(disk: Disk, factor: float) -> Disk:
+    """One that reads `factor` times as fast."""
+    reads = tuple(replace(r, gbps=factor * r.gbps, gbps_quartiles=None) for r in disk.reads)
     return replace(disk, reads=reads)
 
 
-def _with_fast_memory(hardware: Hardware) -> Hardware:
-    """Twice the rate of reads, and of products of few rows, which wait for it."""
+def scaled_memory(hardware: Hardware, factor: float) -> Hardware:
+    """Reads and copies `factor` times as fast, and products of few rows, which wait for them."""
     memory = replace(
         hardware.memory,
-        read_gbps=2 * hardware.memory.read_gbps,
+        read_gbps=factor * hardware.memory.read_gbps,
         read_gbps_quartiles=None,
-        copy_gbps=2 * hardware.memory.copy_gbps,
+        copy_gbps=factor * hardware.memory.copy_gbps,
         copy_gbps_quartiles=None,
     )
     matmul = hardware.matmul
@@ -75,9 +76,9 @@ def _with_fast_memory(hardware: Hardware) -> Hardware:
         rates = tuple(
             replace(
                 rate,
-                weights_gbps=2 * rate.weights_gbps,
+                weights_gbps=factor * rate.weights_gbps,
                 weights_gbps_quartiles=None,
-                gflops=2 * rate.gflops,
+                gflops=factor * rate.gflops,
             )
             if rate.gflops < most / 2
             else rate
