@@ -26,22 +26,24 @@ class Overheads:
     """Seconds that no rate explains: Python, norms, routing, small tensors, starting reads.
 
     Of a layer, with torch's linear layers and with the kernel's; of each distinct expert that a
-    step misses, and of each token in each layer.
+    step misses, of each token in each layer, and of each operation on what is cached.
     """
 
     layer_seconds: float
     kernel_layer_seconds: float
     miss_seconds: float
     row_seconds: float
+    attention_flop_seconds: float
 
 
-# Fitted by scripts/bench_model.py to 35 runs of a small random model, none of the validated ones, on
-# two cores: median error 8 %, worst 40 %.
+# Fitted by scripts/bench_model.py to runs of a small random model, none of the validated ones, on
+# two cores.
 CPU_OVERHEADS = Overheads(
-    layer_seconds=0.805e-3,
-    kernel_layer_seconds=0.665e-3,
-    miss_seconds=0.136e-3,
-    row_seconds=0.021e-3,
+    layer_seconds=0.781e-3,
+    kernel_layer_seconds=0.677e-3,
+    miss_seconds=0.138e-3,
+    row_seconds=6.2e-6,
+    attention_flop_seconds=3.1e-10,
 )
 # Never timed: a layer's kernels, each launched in some microseconds.
 GPU_OVERHEADS = Overheads(
@@ -49,6 +51,7 @@ GPU_OVERHEADS = Overheads(
     kernel_layer_seconds=0.4e-3,
     miss_seconds=0.0,
     row_seconds=0.0,
+    attention_flop_seconds=0.0,
 )
 
 
@@ -248,7 +251,7 @@ class LatencyModel:
             from_disk = 0.0 if reach >= spec.num_experts else absent
             fetch = max(link, self._disk_seconds(from_disk * setup.form.disk_bytes))
         return max(fetch, compute) + self._software_seconds(
-            replace(setup, batch=tokens), used, absent
+            replace(setup, batch=tokens, context_tokens=0), absent
         )
 
     def _dense_seconds(self, setup: Setup) -> float:
@@ -260,11 +263,13 @@ class LatencyModel:
         return seconds + cached / self.rates.copy_bytes_per_second
 
     def _software_seconds(self, setup: Setup, missed: float) -> float:
-        """Of layers, of rows in each, and of experts that are missing."""
+        """Of layers, of rows in each, of experts that are missing, and of attention."""
         costs, num_layers = self._overheads, len(self.spec.layers)
         a_layer = costs.kernel_layer_seconds if setup.uses_kernel else costs.layer_seconds
         seconds = num_layers * (a_layer + setup.batch * costs.row_seconds)
         seconds += missed * costs.miss_seconds
+        attention = setup.batch * self.spec.attention_flops(setup.context_tokens)
+        seconds += attention * costs.attention_flop_seconds
         return seconds + (setup.batch * PLEC_SECONDS if setup.policy == "plec" else 0.0)
 
     def _disk_seconds(self, num_bytes: float) -> float:
