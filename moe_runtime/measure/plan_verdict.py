@@ -18,7 +18,10 @@ _SLACK = 0.9  # of the free memory at the trials, which must be free again
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One way to load, as predicted and as measured; `arguments` are those of `load()`."""
+    """One way to load, as predicted and as measured; `arguments` are those of `load()`.
+
+    The prediction is for a context of some hundred tokens, and the trial has a short one.
+    """
 
     arguments: dict[str, Any]
     predicted_tokens_per_second: float | None  # None for the defaults, which no plan chose
