@@ -30,8 +30,8 @@ def run_trials(
 
     Each is loaded twice, forwards and then backwards, so that a machine that changes its mind does
     so for all. Tokens are sampled by the defaults once and forced on the others, so that all do the
-    same work. A plan that is not clearly faster than the defaults in both rounds does not win: where
-    other programs run, one round proves nothing.
+    same work. A plan that is not clearly faster than the defaults in both rounds does not win:
+    where other programs run, one round proves nothing.
     """
     tokens: list[int] = []
     medians: list[list[float]] = [[] for _ in candidates]
