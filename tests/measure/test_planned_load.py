@@ -12,6 +12,7 @@ import moe_runtime
 from moe_runtime import warm_start
 from moe_runtime.measure import plan_trial, planned_load
 from moe_runtime.measure.plan_trial import run_trials
+from moe_runtime.measure.plan_verdict import recall
 from moe_runtime.perf.hardware_presets import load_hardware_preset
 from tests.command_line import run_here
 
@@ -97,16 +98,18 @@ def test_a_verdict_is_kept_and_another_machines_is_not(
         patched.setattr(planned_load, "run_trials", no_trials)
         again = planned(expert_memory="40%")["plan"]
     assert json.loads(json.dumps(again)) == json.loads(json.dumps(first))
+    sound = file.read_text()
+    assert recall(file, first["fingerprint"], first["available_bytes"] // 2) is None  # too little
     for damaged in (
-        file.read_text().replace(first["fingerprint"], "0" * 16),
-        file.read_text()[:100],
+        sound.replace(first["fingerprint"], "0" * 16),
+        sound[:100],
         "[]",
-        json.dumps({**json.loads(file.read_text()), "chosen": 7}),
+        json.dumps({**json.loads(sound), "chosen": 7}),
     ):
         file.write_text(damaged)
         caplog.clear()
-        assert planned(expert_memory="40%")["plan"]["fingerprint"] == first["fingerprint"]
-        assert "is ignored" in caplog.text
+        assert recall(file, first["fingerprint"], 2**40) is None
+        assert f"{file} is ignored" in caplog.text
 
 
 def test_other_wishes_are_tried_anew() -> None:

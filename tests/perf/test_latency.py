@@ -120,7 +120,7 @@ def test_a_prefill_reads_every_expert_once_unless_all_are_there() -> None:
     some = model().prefill_seconds(setup(), 2000)
     every = model().prefill_seconds(setup(num_slots=1024), 2000)
     assert reads < every  # arithmetic takes longer here, and reads run beside it
-    assert some == every
+    assert some == pytest.approx(every + 1024 * CPU_OVERHEADS.miss_seconds)
     few = model().prefill_seconds(setup(), 64)
     assert few > model().prefill_seconds(setup(num_slots=1024), 64)
     assert few >= reads * 0.99
