@@ -60,6 +60,7 @@ class StageTwo:
 
     admitted_per_pass: float
     tokens_per_pass: float
+    intensity: float  # operations for each byte over the link
     pass_seconds: float
     attention_seconds: float  # of a pass, where the cache is
     num_passes: float
@@ -179,6 +180,9 @@ def stage_two(
     return StageTwo(
         admitted_per_pass=admitted,
         tokens_per_pass=tokens,
+        intensity=intensity(
+            tokens, parameters=model.parameters, active_parameters=model.active_parameters
+        ),
         pass_seconds=seconds,
         attention_seconds=attention,
         num_passes=passes,

@@ -57,7 +57,6 @@ class Rates:
     host_products: Products
     disk_bytes_per_second: float | None
     link_bytes_per_second: float | None
-    is_datasheet: bool
 
     @classmethod
     def of(cls, hardware: Hardware, *, value_bytes: int, read_bytes: int | None = None) -> Self:
@@ -83,7 +82,6 @@ class Rates:
                 host_products=host_kernel,
                 disk_bytes_per_second=disk,
                 link_bytes_per_second=None,
-                is_datasheet=hardware.source == "datasheet",
             )
         gpu_read = _gpu_read(gpu)
         linear, kernel = _products(gpu.matmul, gpu_read, 100 * gpu_read, value_bytes)
@@ -97,7 +95,6 @@ class Rates:
             host_products=host_kernel,
             disk_bytes_per_second=disk,
             link_bytes_per_second=(memory.copy_gbps if link is None else link) * _GIGA,
-            is_datasheet=hardware.source == "datasheet",
         )
 
 

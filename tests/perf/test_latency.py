@@ -162,4 +162,3 @@ def test_a_datasheet_gives_bandwidth_below_its_knee_and_arithmetic_beyond() -> N
     rates = Rates.of(load_hardware_preset("h100"), value_bytes=2)
     assert rates.linear.flops(2) == pytest.approx(0.6 * 989.4e12, rel=1e-3)
     assert rates.linear.seconds(3350e9, 1) == pytest.approx(1 / 0.8)
-    assert rates.is_datasheet
