@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from moe_runtime.integrations.transformers.handle import Handle as Handle
     from moe_runtime.integrations.transformers.handle import handle as handle
     from moe_runtime.integrations.transformers.linears import speed_up_linears as speed_up_linears
-    from moe_runtime.integrations.transformers.load import load as load
     from moe_runtime.integrations.transformers.offload import offload as offload
     from moe_runtime.integrations.transformers.register import register as register
+    from moe_runtime.measure.planned_load import load as load
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ _OWNERS = {
     "MoERuntimeError": "moe_runtime.errors",
     "generate_batches": "moe_runtime.integrations.transformers.generate_batches",
     "handle": "moe_runtime.integrations.transformers.handle",
-    "load": "moe_runtime.integrations.transformers.load",
+    "load": "moe_runtime.measure.planned_load",
     "offload": "moe_runtime.integrations.transformers.offload",
     "register": "moe_runtime.integrations.transformers.register",
     "speed_up_linears": "moe_runtime.integrations.transformers.linears",

@@ -106,7 +106,7 @@ def test_figures_add_up(capsys: Capsys, model: Path) -> None:
     assert set(found) == {
         "results", "decode_tokens_per_second", "time_to_first_token_seconds", "cache", "prediction",
         "tiers",
-        "memory", "settings",
+        "memory", "settings", "plan",
     }  # fmt: skip
     assert found["decode_tokens_per_second"] > 0
     assert found["time_to_first_token_seconds"] > 0

@@ -34,7 +34,7 @@ def names(text: str) -> frozenset[str]:
 # The nouns everyone shares stand on floor 0; wiring files stand on floor 4.
 NOUNS = names(
     "expert expert_memory trace trace_csv trace_fields trace_file trace_split trace_writer "
-    "placement_map model_spec config errors"
+    "placement_map model_preset model_spec config errors"
 )
 BELOW_3 = NOUNS | names("perf kernels predictors placement memory cache")
 BELOW_4 = BELOW_3 | names("simulate scheduling parallel")

@@ -54,6 +54,9 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
     "inspect": LazyCommand(
         "moe_runtime.cli.inspect", "inspect", "Show what a checkpoint is and needs."
     ),
+    "plan": LazyCommand(
+        "moe_runtime.cli.plan", "plan", "Choose settings for a model and a machine."
+    ),
     "generate": LazyCommand(
         "moe_runtime.cli.generate", "generate", "Continue prompts within a memory budget."
     ),

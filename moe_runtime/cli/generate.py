@@ -28,6 +28,8 @@ from moe_runtime.cli.options import (
     Miss,
     MissOption,
     Model,
+    PlanChoice,
+    PlanOption,
     Policy,
     PolicyOption,
     PredictorOption,
@@ -46,6 +48,8 @@ EPILOG = """Examples:
 
 moe-runtime generate ./model --prompt "def read(" --expert-memory 33%
 
+moe-runtime generate ./model --prompt "def read(" --plan auto
+
 moe-runtime generate org/name --prompts questions.jsonl --chat --temperature 0.7 --json
 
 torchrun --nproc-per-node 4 -m moe_runtime generate ./model --dispatch auto --prompts FILE --json
@@ -53,6 +57,7 @@ torchrun --nproc-per-node 4 -m moe_runtime generate ./model --dispatch auto --pr
 
 
 def generate(
+    context: typer.Context,
     model: Model,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue. May be given several times.")
@@ -115,6 +120,7 @@ def generate(
             rich_help_panel=MEMORY_PANEL,
         ),
     ] = None,
+    plan: PlanOption = PlanChoice.OFF,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     revision: Revision = None,
@@ -198,6 +204,8 @@ def generate(
         placement=None if placement is None else str(placement),
         dispatch=dispatch,
         timeout_seconds=timeout_seconds,
+        plan=plan,
+        explicit=_given(context),
     )
     if request.is_parallel:
         generate_on_ranks_and_show(request, terminal)
@@ -209,6 +217,14 @@ def generate(
             "model; share the experts with --dispatch auto or --placement FILE, or start one rank"
         )
     generate_and_show(request, terminal)
+
+
+def _given(context: typer.Context) -> tuple[str, ...]:
+    """Names of the options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return tuple(
+        name for name, source in sources.items() if source is not None and source.name != "DEFAULT"
+    )
 
 
 def _parse_limits(written: list[str]) -> dict[int | str, int | str] | None:

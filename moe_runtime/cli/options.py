@@ -45,6 +45,13 @@ class ExpertDtype(StrEnum):
     INT4 = "int4"
 
 
+class PlanChoice(StrEnum):
+    """Whether settings are chosen for this machine."""
+
+    OFF = "off"
+    AUTO = "auto"
+
+
 class Miss(StrEnum):
     """How experts that the GPU lacks are computed."""
 
@@ -175,6 +182,14 @@ ExpertDtypeOption = Annotated[
         help="Round bfloat16 experts to int8 or int4 when they are read: lossy; twice or 3.5 times "
         "as many fit in memory. auto keeps every bit.",
         rich_help_panel=MEMORY_PANEL,
+    ),
+]
+PlanOption = Annotated[
+    PlanChoice,
+    typer.Option(
+        help="auto: choose what is not given here, by estimates and a few steps of the best; kept "
+        "for the next start.",
+        rich_help_panel=MODEL_PANEL,
     ),
 ]
 DispatchOption = Annotated[

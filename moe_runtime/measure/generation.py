@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_runtime.errors import ParityError
 from moe_runtime.integrations.transformers.handle import handle
-from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
 from moe_runtime.measure.completion import Completion, complete
@@ -22,6 +21,7 @@ from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.fast_parity import MIN_POSITIONS
 from moe_runtime.measure.forced import ForcedLogits, forced_logits
 from moe_runtime.measure.parity import Parity, Reference, check_fast_parity, check_parity
+from moe_runtime.measure.planned_load import OFF, load
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.memory.packed_folder import is_packed
@@ -56,6 +56,8 @@ class GenerationRequest:
     placement: str | None = None
     dispatch: str | None = None
     timeout_seconds: float | None = None
+    plan: str = OFF
+    explicit: tuple[str, ...] = ()  # fields that were given and that a plan must leave as they are
 
     @property
     def is_parallel(self) -> bool:
@@ -133,6 +135,7 @@ class Generation:
             "cache": cache,
             "prediction": self.report["prediction"],
             "tiers": self.report["tiers"],
+            "plan": self.report["plan"],
             "memory": self.report["memory"] | asdict(self.resident),
             "settings": self._settings(),
         }
@@ -142,7 +145,7 @@ class Generation:
 
     def _settings(self) -> dict[str, Any]:
         request = asdict(self.request)
-        del request["prompts"]
+        del request["prompts"], request["explicit"]
         decoding = request.pop("decoding")
         versions = {name: version(name) for name in ("torch", "transformers")}
         settings: dict[str, Any] = request | decoding
@@ -213,27 +216,30 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
 
 def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedModel:
     """The model as the request wants it."""
-    return load(
-        resolved.folder,
-        expert_memory=request.expert_memory,
-        host_memory=request.host_memory,
-        miss=request.miss,
-        policy=request.policy,
-        predictor=request.predictor,
-        warm_start=request.warm_start,
-        expert_slots=request.expert_slots,
-        expert_dtype=request.expert_dtype,
-        page_cache=request.page_cache,
-        exact=request.exact,
-        linears=request.linears,
-        max_memory=request.max_memory,
-        device_map=request.device,
-        placement=request.placement,
-        dispatch=request.dispatch,
-        timeout_seconds=request.timeout_seconds,
-        trust_remote_code=request.trust_remote_code,
-        dtype=request.dtype,
-    )
+    arguments = {
+        "expert_memory": request.expert_memory,
+        "host_memory": request.host_memory,
+        "miss": request.miss,
+        "policy": request.policy,
+        "predictor": request.predictor,
+        "warm_start": request.warm_start,
+        "expert_slots": request.expert_slots,
+        "expert_dtype": request.expert_dtype,
+        "page_cache": request.page_cache,
+        "exact": request.exact,
+        "linears": request.linears,
+        "max_memory": request.max_memory,
+        "device_map": request.device,
+        "placement": request.placement,
+        "dispatch": request.dispatch,
+        "timeout_seconds": request.timeout_seconds,
+        "trust_remote_code": request.trust_remote_code,
+        "dtype": request.dtype,
+    }
+    if request.plan != OFF:
+        names = {"device_map" if name == "device" else name for name in request.explicit}
+        arguments = {name: value for name, value in arguments.items() if name in names}
+    return load(resolved.folder, plan=request.plan, **arguments)
 
 
 def _complete_all(
@@ -312,6 +318,7 @@ def _greedy_in_float32(
         expert_slots="auto",
         expert_dtype="auto",  # rounds bfloat16 weights alone; the logits below are judged with it
         max_memory=None,
+        plan=OFF,
         predictor="off",
         warm_start=False,
         check=False,

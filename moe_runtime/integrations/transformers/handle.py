@@ -58,7 +58,8 @@ class Handle:
 
     `restore()` brings all experts back into the module; `close()` frees slots, threads and files
     and leaves a model that cannot run. Both may be called twice. `parallel` is what a model that
-    was loaded on several ranks shares with them, else None.
+    was loaded on several ranks shares with them, else None. `plan` is what chose its settings, if
+    anything did, as it stands in the report.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Handle:
     ) -> None:
         self.engine = engine
         self.parallel = parallel
+        self.plan: Mapping[str, Any] | None = None
         self.budget = budget
         self.settings = settings
         self._tiers = TieredLayers(engine) if isinstance(engine, TieredEngine) else None
@@ -138,7 +140,7 @@ class Handle:
         self._before_close.append(action)
 
     def report(self) -> dict[str, Any]:
-        """`cache`, `prediction`, `tiers`, `memory` and `settings` of `generate --json`.
+        """`cache`, `prediction`, `tiers`, `memory`, `settings` and `plan` of `generate --json`.
 
         Counts are since loading. `tiers` is None where experts are computed on the CPU.
         """
@@ -193,6 +195,7 @@ class Handle:
                 "unpack": unpack_status() if self.settings.packed_on_disk else None,
                 "experts": self._expert_paths(),
             },
+            "plan": self.plan,
         } | ({} if self.parallel is None else {"parallel": self.parallel.report()})
 
     def placement(self) -> str:

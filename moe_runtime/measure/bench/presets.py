@@ -1,7 +1,6 @@
 """The model shapes that a benchmark can imitate, read from `configs/models/`."""
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,25 +8,22 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moe_runtime.config import load_config
 from moe_runtime.errors import ConfigError
+from moe_runtime.model_preset import REMEDY, nearest, preset_file, read_model_preset
 
-_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "models"
-_REMEDY = "mend the file, or name another preset"
-# What families call the number of routed experts in a layer.
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# What families call the number of routed experts in a layer, those of a token, and layers.
+_EXPERT_COUNTS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "ffn_config.moe_num_experts",
+)
+_TOP_K = ("num_experts_per_tok", "ffn_config.moe_top_k")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "ffn_config.ffn_hidden_size", "intermediate_size")
+_LAYER_COUNTS = ("num_hidden_layers", "n_layers")
 
 # Read by models, yet declared by few config classes.
 _UNDECLARED = ("head_dim",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Content:
-    """What a file holds."""
-
-    source: str
-    model_type: str
-    fields: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,20 +37,25 @@ class Preset:
 
     @property
     def num_layers(self) -> int:
-        return int(self.fields["num_hidden_layers"])
+        return int(self._field(_LAYER_COUNTS)[1])
 
     @property
     def num_experts(self) -> int:
         """Routed experts in a layer."""
-        return int(self.fields[self._expert_count])
+        return int(self._field(_EXPERT_COUNTS)[1])
 
     @property
     def top_k(self) -> int:
-        return int(self.fields["num_experts_per_tok"])
+        return int(self._field(_TOP_K)[1])
 
-    @property
-    def _expert_count(self) -> str:
-        return next(name for name in _EXPERT_COUNTS if name in self.fields)
+    def _field(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        """The first of `names` that is set, and its value; a dot leads into a nested config."""
+        for name in names:
+            outer, _, inner = name.rpartition(".")
+            fields = self.fields.get(outer, {}) if outer else self.fields
+            if inner in fields:
+                return name, fields[inner]
+        raise ConfigError(f"preset {self.name} has none of {', '.join(names)}; {REMEDY}")
 
     def changed(
         self,
@@ -67,17 +68,24 @@ class Preset:
 
         Layers are counted from the first, dense ones included.
         """
-        changes = {
-            "num_hidden_layers": num_layers,
-            self._expert_count: num_experts,
-            "num_experts_per_tok": top_k,
-        }
-        changes = {name: count for name, count in changes.items() if count is not None}
+        fields = {**self.fields}
+        for names, count in (
+            (_LAYER_COUNTS, num_layers),
+            (_EXPERT_COUNTS, num_experts),
+            (_TOP_K, top_k),
+        ):
+            if count is None:
+                continue
+            outer, _, inner = self._field(names)[0].rpartition(".")
+            if outer:
+                fields[outer] = {**fields[outer], inner: count}
+            else:
+                fields[inner] = count
         changed = Preset(
             name=self.name,
             source=self.source,
             model_type=self.model_type,
-            fields={**self.fields, **changes},
+            fields=fields,
         )
         changed._check_counts()
         return changed
@@ -102,39 +110,27 @@ class Preset:
     def expert_sizes(self) -> tuple[int, int]:
         """Model dim and ffn dim of one expert."""
         config = self.config()
-        ffn = self.fields.get("moe_intermediate_size", config.intermediate_size)
-        return int(config.hidden_size), int(ffn)
-
-
-def preset_names() -> list[str]:
-    """All presets, sorted."""
-    return sorted(file.stem for file in _FOLDER.glob("*.yaml"))
+        return int(config.hidden_size), int(self._field(_EXPERT_WIDTHS)[1])
 
 
 def load_preset(name: str) -> Preset:
     """The preset called `name`. Raises ValueError, naming the nearest, when there is none."""
-    names = preset_names()
-    if name not in names:
-        raise ValueError(
-            f"no model preset is called {name!r}{_nearest(name, names)}; "
-            f"there are {', '.join(names)}"
-        )
-    return read_preset(_FOLDER / f"{name}.yaml")
+    return read_preset(preset_file(name))
 
 
 def read_preset(file: Path) -> Preset:
     """The preset in `file`, called as the file is. Raises ConfigError, naming what is wrong."""
-    content = load_config(_Content, file, remedy=_REMEDY)
+    content = read_model_preset(file)
     if content.model_type not in CONFIG_MAPPING:
         raise ConfigError(
             f"{file}: transformers knows no model_type {content.model_type!r}"
-            f"{_nearest(content.model_type, CONFIG_MAPPING)}; {_REMEDY}"
+            f"{nearest(content.model_type, CONFIG_MAPPING)}; {REMEDY}"
         )
     known = CONFIG_MAPPING[content.model_type]()
     for field in content.fields:
         if field not in _UNDECLARED and not hasattr(known, field):
             raise ConfigError(
-                f"{file}: unknown key fields.{field}{_nearest(field, known.to_dict())}; {_REMEDY}"
+                f"{file}: unknown key fields.{field}{nearest(field, known.to_dict())}; {REMEDY}"
             )
     return Preset(
         name=file.stem,
@@ -142,8 +138,3 @@ def read_preset(file: Path) -> Preset:
         model_type=content.model_type,
         fields=content.fields,
     )
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", the nearest is {found[0]}" if found else ""

@@ -7,13 +7,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe_runtime.errors import ConfigError
-from moe_runtime.measure.bench.presets import load_preset, preset_names, read_preset
+from moe_runtime.measure.bench.presets import load_preset, read_preset
+from moe_runtime.model_preset import preset_names
 
 # Parameters in millions as published (tiny: counted by hand).
 MILLIONS = {
+    "dbrx": 131_597,
+    "deepseek-v2": 235_741,
     "deepseek-v2-lite": 15_706,
+    "deepseek-v3": 671_026,
+    "gpt-oss-120b": 116_829,
+    "gpt-oss-20b": 20_915,
+    "mixtral-8x22b": 140_621,
     "mixtral-8x7b": 46_703,
     "olmoe-1b-7b": 6_919,
+    "phi-3.5-moe": 41_873,
+    "qwen1.5-moe-a2.7b": 14_316,
+    "qwen3-235b-a22b": 235_094,
     "qwen3-30b-a3b": 30_532,
     "tiny": 713,
 }
@@ -40,10 +50,10 @@ def test_a_preset_has_as_many_parameters_as_its_model(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(MILLIONS))
 def test_counts_can_be_changed_and_the_rest_stays(name: str) -> None:
     preset = load_preset(name)
-    changed = preset.changed(num_layers=2, num_experts=16, top_k=4)
-    assert (changed.num_layers, changed.num_experts, changed.top_k) == (2, 16, 4)
-    assert changed.config().num_experts == 16
-    assert changed.fields["hidden_size"] == preset.fields["hidden_size"]
+    changed = preset.changed(num_layers=4, num_experts=16, top_k=4)
+    assert (changed.num_layers, changed.num_experts, changed.top_k) == (4, 16, 4)
+    assert changed.config().num_hidden_layers == 4
+    assert changed.config().hidden_size == preset.config().hidden_size
     assert preset.changed() == preset
 
 
