@@ -4,7 +4,7 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_runtime.errors import ParityError
-from moe_runtime.integrations.transformers.handle import handle
+from moe_runtime.integrations.transformers.handle import Handle, handle
+from moe_runtime.integrations.transformers.install import make_policy
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
@@ -24,13 +25,21 @@ from moe_runtime.measure.forced import ForcedLogits, forced_logits
 from moe_runtime.measure.parity import Parity, Reference, check_fast_parity, check_parity
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
+from moe_runtime.measure.run_prediction import RunPrediction, predict_run
 from moe_runtime.memory.packed_folder import is_packed
 from moe_runtime.memory.unpack_folder import unpack_folder
+from moe_runtime.perf.hardware import Hardware
+from moe_runtime.perf.step_cost import StepCost
+from moe_runtime.recording.run_record import RunRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What to run, and in how much memory; the arguments of `load()` mean what they mean there."""
+    """What to run, and in how much memory; the arguments of `load()` mean what they mean there.
+
+    With `report`, the file of a page, the run is recorded; with `hardware`, a file of rates, what
+    it should have taken is predicted, too.
+    """
 
     model: str
     prompts: Sequence[str]
@@ -56,6 +65,8 @@ class GenerationRequest:
     placement: str | None = None
     dispatch: str | None = None
     timeout_seconds: float | None = None
+    report: str | None = None
+    hardware: str | None = None
 
     @property
     def is_parallel(self) -> bool:
@@ -96,7 +107,10 @@ class ResidentMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What came out of a request. `parity` is None when not asked for, or when it failed to run."""
+    """What came out of a request. `parity` is None when not asked for, or when it failed to run.
+
+    So is `record`; `prediction` also where nothing was decoded.
+    """
 
     request: GenerationRequest
     completions: list[Completion]
@@ -104,6 +118,8 @@ class Generation:
     resident: ResidentMemory
     parity: Parity | None = None
     parity_error: ParityError | None = None
+    record: RunRecord | None = None
+    prediction: RunPrediction | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -134,13 +150,14 @@ class Generation:
             "prediction": self.report["prediction"],
             "tiers": self.report["tiers"],
             "memory": self.report["memory"] | asdict(self.resident),
-            "settings": self._settings(),
+            "settings": self.settings(),
         }
         if self.request.check:
             found["parity"] = self.parity.as_dict() if self.parity else None
         return found
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, and what of it is in use."""
         request = asdict(self.request)
         del request["prompts"]
         decoding = request.pop("decoding")
@@ -165,9 +182,11 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
     model are closed.
     """
     after_imports = resident_bytes()
+    hardware = None if request.hardware is None else Hardware.load(Path(request.hardware))
     resolved = resolve_model(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
+    record, prediction = None, None
     with quiet_transformers(listener.on_loading):
         tokenizer, prompts = read_prompts(
             resolved.folder,
@@ -181,8 +200,15 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
         load_peak = peak_resident_bytes()
         with closing(handle(model)) as owner:
             listener.on_loaded(owner.placement())
-            completions = _complete_all(request, model, tokenizer, prompts, listener)
+            with ExitStack() as recording:
+                if request.report is not None:
+                    recorder = recording.enter_context(owner.recorder())
+                completions = _complete_all(request, model, tokenizer, prompts, listener)
             report = owner.report()
+            if request.report is not None:
+                record = recorder.record()
+                if hardware is not None:
+                    prediction = _predict(record, hardware, owner)
             forced = []
             if request.check and not request.exact and report["settings"]["dtype"] != "float32":
                 listener.on_check()
@@ -208,6 +234,23 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
         resident=resident,
         parity=parity,
         parity_error=parity_error,
+        record=record,
+        prediction=prediction,
+    )
+
+
+def _predict(record: RunRecord, hardware: Hardware, owner: Handle) -> RunPrediction | None:
+    memory = owner.report()["memory"]
+    return predict_run(
+        record.first,
+        lambda: make_policy(owner.settings.policy, owner.engine.tensor_map),
+        owner.budget.num_slots,
+        StepCost.of(
+            hardware,
+            expert_bytes=memory["expert_bytes"],
+            # A token looks one row up in what is mapped.
+            dense_bytes=(memory["dense_bytes"] - memory["mapped_bytes"]) // len(owner.sites),
+        ),
     )
 
 
