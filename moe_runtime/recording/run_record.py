@@ -69,8 +69,10 @@ class RunRecord:
     """What a RunRecorder kept. Sums cover the whole run; `recent_*` its last moments in full.
 
     L layers, B stretches of `forwards_per_bin` forwards, S stretches of `bin_seconds`.
+    `began_at` is when time 0 was, by time.perf_counter().
     """
 
+    began_at: float
     seconds: float
     prefill: ForwardTotals
     decode: ForwardTotals

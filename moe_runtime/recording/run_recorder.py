@@ -157,6 +157,7 @@ class RunRecorder:
             if end - self._zero > since:
                 spans[LANES[lane]].append((begin - self._zero, end - self._zero))
         return RunRecord(
+            began_at=self._zero,
             seconds=self._ended - self._zero,
             prefill=self._totals[False],
             decode=self._totals[True],

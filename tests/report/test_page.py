@@ -6,24 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from moe_runtime.expert_memory import format_bytes
-from moe_runtime.recording.run_record import (
-    DENSE,
-    DISK,
-    EXPERTS,
-    LANES,
-    WAIT,
-    FirstForwards,
-    Forward,
-    ForwardTotals,
-    RunRecord,
-)
 from moe_runtime.report import page as page_file
 from moe_runtime.report.page import Comparison, Page, render_page, write_page
 from tests.command_line import run_here
+from tests.report.made_record import made_record
 from tests.report.reading_html import ReadPage
 from tests.tiny_checkpoint import NUM_LAYERS, save_mixtral
 
@@ -39,38 +28,6 @@ REPORT: dict[str, Any] = {
 }
 
 
-def record(num_layers: int = 2, num_bins: int = 3, *, per_bin: int = 1) -> RunRecord:
-    """A made-up run of a forward or more a bin; the second bin asked for nothing."""
-    generator = np.random.default_rng(0)
-    hits = generator.integers(0, 5, (num_layers, num_bins)).astype(float)
-    misses = generator.integers(1, 5, (num_layers, num_bins)).astype(float)
-    hits[:, 1:2] = misses[:, 1:2] = 0
-    seconds = np.full(num_bins, 0.01 * per_bin)
-    lanes = dict.fromkeys(LANES, 0.0) | {DENSE: 0.02, EXPERTS: 0.01, WAIT: 0.005, DISK: 0.006}
-    forwards = [
-        Forward(span=(0.01 * i, 0.01 * (i + 1)), num_tokens=1, is_decode=True)
-        for i in range(num_bins)
-    ]
-    return RunRecord(
-        seconds=0.01 * num_bins,
-        prefill=ForwardTotals(num_forwards=0, num_tokens=0, seconds=0.0),
-        decode=ForwardTotals(
-            num_forwards=num_bins * per_bin, num_tokens=num_bins, seconds=0.01 * num_bins
-        ),
-        hits_LB=hits,
-        misses_LB=misses,
-        forward_seconds_B=seconds,
-        forwards_per_bin=per_bin,
-        lane_seconds=lanes,
-        lane_seconds_S={lane: np.full(4, lanes[lane] / 4) for lane in LANES},
-        bytes_read_S=np.full(4, 100.0),
-        bin_seconds=0.01,
-        recent_forwards=forwards,
-        recent_spans={lane: [(0.001, 0.004), (0.011, 0.012)] for lane in (DENSE, DISK)},
-        first=FirstForwards(forwards=[], visits=[], is_whole=True),
-    )
-
-
 def heat_cells(read: ReadPage) -> dict[str, Any]:
     (found,) = [value for _, name, value in read.attributes if name == "data-cells"]
     cells: dict[str, Any] = json.loads(found)
@@ -81,7 +38,7 @@ def heat_cells(read: ReadPage) -> dict[str, Any]:
     ("num_layers", "num_bins", "per_bin"), [(1, 1, 1), (2, 3, 1), (61, 120, 8)]
 )
 def test_a_page_is_whole_and_fetches_nothing(num_layers: int, num_bins: int, per_bin: int) -> None:
-    made = record(num_layers, num_bins, per_bin=per_bin)
+    made = made_record(num_layers, num_bins, per_bin=per_bin)
     comparison = Comparison(rows=[("step", "1.0", "2.0", "0.50")], remark="by rates")
     page = render_page(Page(title="a model", record=made, report=REPORT, comparison=comparison))
     read = ReadPage(page)
@@ -100,7 +57,7 @@ def test_hostile_names_are_text() -> None:
     page = render_page(
         Page(
             title=HOSTILE,
-            record=record(),
+            record=made_record(),
             report=REPORT,
             figures=[(HOSTILE, HOSTILE)],
             prompts=[(HOSTILE, HOSTILE)],
@@ -125,7 +82,7 @@ def test_a_disk_that_is_full_is_named_and_leaves_no_half_page(
 
     monkeypatch.setattr(page_file, "write_whole", full)
     path = tmp_path / "run.html"
-    page = Page(title="a", record=record(), report=REPORT)
+    page = Page(title="a", record=made_record(), report=REPORT)
     with pytest.raises(OSError, match=r"report .*run\.html cannot be written: No space left"):
         write_page(page, path)
     assert not path.exists()
