@@ -27,9 +27,13 @@ def number(value: float) -> str:
 
 
 def path(boxes: Iterable[tuple[float, float, float, float]]) -> str:
-    """Boxes (x, y, width, height) as the data of one path: far shorter than as many elements."""
+    """Boxes (x, y, width, height) as the data of one path: far shorter than as many elements.
+
+    Both ends are absolute, so that neighbours meet however they are rounded.
+    """
     return "".join(
-        f"M{number(x)} {number(y)}h{number(w)}v{number(h)}h-{number(w)}z" for x, y, w, h in boxes
+        f"M{number(x)} {number(y)}H{number(x + w)}V{number(y + h)}H{number(x)}z"
+        for x, y, w, h in boxes
     )
 
 
