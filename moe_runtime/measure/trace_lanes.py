@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moe_runtime.recording.run_record import COPY, DISK, EXPERTS, PLAN, WAIT, RunRecord
+from moe_runtime.recording.run_record import COPY, DISK, EXPERTS, GARBAGE, PLAN, WAIT, RunRecord
 
 _PROCESS = "moe_runtime"
 _NAMES = {
@@ -12,6 +12,7 @@ _NAMES = {
     WAIT: "demand waits",
     DISK: "disk reads",
     COPY: "copies to the GPU",
+    GARBAGE: "Python's collector",
 }
 
 

@@ -10,8 +10,9 @@ Span = tuple[float, float]  # from when to when, in seconds since the recording 
 
 # What the computing thread does, one at a time; and what goes on beside it.
 DENSE, EXPERTS, PLAN, WAIT = "dense", "experts", "plan", "wait"
-DISK, COPY = "disk", "copy"
-LANES = (DENSE, EXPERTS, PLAN, WAIT, DISK, COPY)
+# Python's garbage collector stops every thread, whatever lane that one is in.
+DISK, COPY, GARBAGE = "disk", "copy", "garbage"
+LANES = (DENSE, EXPERTS, PLAN, WAIT, DISK, COPY, GARBAGE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

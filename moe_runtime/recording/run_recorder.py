@@ -1,5 +1,6 @@
 """Keeps what a model with offloaded experts does while it runs, in bounded memory."""
 
+import gc
 import itertools
 import time
 from collections import deque
@@ -23,6 +24,7 @@ from moe_runtime.recording.run_record import (
     DENSE,
     DISK,
     EXPERTS,
+    GARBAGE,
     LANES,
     PLAN,
     WAIT,
@@ -39,8 +41,8 @@ _FIRST_BIN_SECONDS = 0.002
 NUM_SPANS = 6000  # of the last moments: some dozen forwards of a large model
 _MAX_USES = 2**18  # of experts, in the first forwards: half a megabyte
 _BYTES_ROW = len(LANES)
-_DENSE, _EXPERTS, _PLAN, _WAIT, _DISK, _COPY = map(
-    LANES.index, (DENSE, EXPERTS, PLAN, WAIT, DISK, COPY)
+_DENSE, _EXPERTS, _PLAN, _WAIT, _DISK, _COPY, _GARBAGE = map(
+    LANES.index, (DENSE, EXPERTS, PLAN, WAIT, DISK, COPY, GARBAGE)
 )
 _NO_FORWARDS = ForwardTotals(num_forwards=0, num_tokens=0, seconds=0.0)
 
@@ -91,6 +93,7 @@ class RunRecorder:
         self._counted = [(0, 0)] * num_layers
         self._hooks: list[RemovableHandle] = []
         self._forward: tuple[float, int, bool] | None = None  # the one that runs
+        self._collecting_since = 0.0
         self._free_since = 0.0  # no expert is computed since then
         self._pauses: list[tuple[int, float, float]] = []  # of the layer that runs
 
@@ -106,6 +109,7 @@ class RunRecorder:
             self._zero_event.wait()  # sync: once, to know when this is on the host's clock
         self._zero = time.perf_counter()
         self._engine.set_watch(self, self._reads)
+        gc.callbacks.append(self._collected)
         return self
 
     def __exit__(
@@ -114,6 +118,7 @@ class RunRecorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        gc.callbacks.remove(self._collected)
         self._engine.set_watch(None, None)
         for hook in self._hooks:
             hook.remove()
@@ -204,6 +209,13 @@ class RunRecorder:
         self._num_forwards += 1
         self._drain()
 
+    def _collected(self, phase: str, info: dict[str, int]) -> None:
+        now = time.perf_counter()
+        if phase == "start":
+            self._collecting_since = now
+        else:
+            self._new.append((_GARBAGE, self._collecting_since, now))
+
     def _drain(self) -> None:
         """Take in what happened, here, in other threads, and on the device."""
         for begin, end, num_bytes in self._reads.take():
@@ -218,7 +230,8 @@ class RunRecorder:
                 last = self._zero + end_event.seconds_since(self._zero_event)
                 self._new.append((_COPY, first, last))
         self._copies = waiting
-        new, self._new = [span for span in self._new if span[2] > span[1]], []
+        new, self._new = self._new, []
+        new = [span for span in new if span[2] > span[1]]
         if new:
             spans = np.array(new)
             lanes, begins, ends = spans[:, 0].astype(int), spans[:, 1], spans[:, 2]

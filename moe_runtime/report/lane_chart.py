@@ -7,6 +7,7 @@ from moe_runtime.recording.run_record import (
     DENSE,
     DISK,
     EXPERTS,
+    GARBAGE,
     LANES,
     PLAN,
     WAIT,
@@ -22,6 +23,7 @@ NAMES = {
     WAIT: "waiting for disk",
     DISK: "disk reads",
     COPY: "copies to the GPU",
+    GARBAGE: "Python's collector",
 }
 _ROW, _GAP = 26, 8
 _FORWARDS_SHOWN = 3

@@ -34,6 +34,7 @@ svg .cells { shape-rendering: crispEdges; }
 .dense { fill: #56b4e9; background: #56b4e9; } .experts { fill: #0072b2; background: #0072b2; }
 .plan { fill: #999999; background: #999999; } .wait { fill: #d55e00; background: #d55e00; }
 .disk { fill: #009e73; background: #009e73; } .copy { fill: #cc79a7; background: #cc79a7; }
+.garbage { fill: #e69f00; background: #e69f00; }
 figure { margin: 0; }
 figcaption { display: flex; justify-content: space-between; color: var(--soft); font-size: 13px;
   gap: 16px; min-height: 20px; }

@@ -135,4 +135,4 @@ def test_lanes_stand_in_the_trace_on_its_clock() -> None:
     assert [each["name"] for each in ours] == ["demand waits", "disk reads"]
     assert ours[1]["ts"] == pytest.approx(1060.0)
     assert ours[1]["dur"] == pytest.approx(15.0)
-    assert len(STEPS["traceEvents"]) + 2 + 5 + 2 == len(found["traceEvents"])
+    assert len(STEPS["traceEvents"]) + 2 + 6 + 2 == len(found["traceEvents"])

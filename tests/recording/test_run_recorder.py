@@ -1,5 +1,6 @@
 """Laws of a recording: it agrees with the report, adds up, forgets no lane, and changes nothing."""
 
+import gc
 import itertools
 import time
 from pathlib import Path
@@ -12,7 +13,16 @@ from transformers import PreTrainedModel
 import moe_runtime
 from moe_runtime.integrations.transformers import tiered_maths
 from moe_runtime.recording.busy_reads import BusyReads
-from moe_runtime.recording.run_record import COPY, DENSE, DISK, EXPERTS, PLAN, WAIT, Forward
+from moe_runtime.recording.run_record import (
+    COPY,
+    DENSE,
+    DISK,
+    EXPERTS,
+    GARBAGE,
+    PLAN,
+    WAIT,
+    Forward,
+)
 from moe_runtime.recording.visit_log import VisitLog
 from tests.fake_tiers import put_tiers_below
 from tests.tiny_checkpoint import NUM_LAYERS, TOP_K, save_mixtral
@@ -106,6 +116,25 @@ def test_memory_is_bounded_and_the_last_forwards_are_whole(folder: Path) -> None
             if begin <= start and stop <= end
         )
         assert inside == pytest.approx(forward.seconds, rel=1e-6)
+
+
+def test_what_the_garbage_collector_takes_is_a_lane_of_its_own(folder: Path) -> None:
+    model = load(folder)
+    callbacks = list(gc.callbacks)
+
+    def collect(*_: object) -> None:
+        gc.collect()
+
+    hook = model.get_submodule("model.norm").register_forward_pre_hook(collect)
+    with moe_runtime.handle(model).recorder() as recorder:
+        write(model, 3)
+    hook.remove()
+    moe_runtime.handle(model).close()
+    record = recorder.record()
+    assert gc.callbacks == callbacks
+    assert len(record.recent_spans[GARBAGE]) >= 3
+    lanes = [record.lane_seconds[lane] for lane in (DENSE, EXPERTS, PLAN, WAIT)]
+    assert record.lane_seconds[GARBAGE] < sum(lanes)
 
 
 def test_nothing_listens_outside_of_the_with(folder: Path) -> None:
