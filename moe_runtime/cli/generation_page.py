@@ -1,12 +1,8 @@
 """What of a generation stands in its report page."""
 
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from moe_runtime.expert_memory import format_bytes
-from moe_runtime.measure.bench.machine import describe_machine, describe_versions, git_commit
 from moe_runtime.measure.generation import Generation
 from moe_runtime.measure.run_prediction import RunPrediction
 from moe_runtime.recording.run_record import DISK, RunRecord
@@ -49,15 +45,8 @@ def generation_page(generation: Generation, record: RunRecord) -> Page:
         prompt_head=_PROMPT_HEAD,
         comparison=_comparison(generation, record),
         settings=generation.settings(),
-        environment=_environment(generation),
+        environment=generation.environment(),
     )
-
-
-def _environment(generation: Generation) -> dict[str, Any]:
-    device = torch.device(generation.report["settings"]["device"])
-    folder = Path(generation.request.model)
-    found = describe_machine(folder if folder.is_dir() else Path.cwd(), device)
-    return {**found, "versions": describe_versions(), "commit": git_commit()}
 
 
 def _comparison(generation: Generation, record: RunRecord) -> Comparison | None:

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_runtime.errors import ParityError
@@ -18,6 +19,7 @@ from moe_runtime.integrations.transformers.install import make_policy
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
+from moe_runtime.measure.bench.machine import describe_machine, describe_versions, git_commit
 from moe_runtime.measure.completion import Completion, complete
 from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.fast_parity import MIN_POSITIONS
@@ -166,6 +168,15 @@ class Generation:
         # The report last: it has the dtype and device in use, not as they were asked for.
         settings |= self.report["settings"]
         return settings | {"versions": versions}
+
+    def environment(self) -> dict[str, Any]:
+        """The machine and the versions that it ran on."""
+        folder = Path(self.request.model)
+        found = describe_machine(
+            folder if folder.is_dir() else Path.cwd(),
+            torch.device(self.report["settings"]["device"]),
+        )
+        return found | {"versions": describe_versions(), "commit": git_commit()}
 
     def require_parity(self) -> None:
         """Raise ParityError if a check was asked for and did not end well."""
