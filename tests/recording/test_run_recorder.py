@@ -123,7 +123,7 @@ def test_what_the_garbage_collector_takes_is_a_lane_of_its_own(folder: Path) -> 
     callbacks = list(gc.callbacks)
 
     def collect(*_: object) -> None:
-        gc.collect()
+        gc.collect(0)
 
     hook = model.get_submodule("model.norm").register_forward_pre_hook(collect)
     with moe_runtime.handle(model).recorder() as recorder:
