@@ -17,8 +17,10 @@ from moe_runtime.memory.ahead_line import AheadRead
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.read_watch import ReadWatch
 from moe_runtime.memory.slots import Slots
 from moe_runtime.memory.tensor_map import Extent, TensorMap
+from moe_runtime.recording.engine_watch import EngineWatch
 from moe_runtime.scheduling.prefetch import PrefetchLedger
 
 Weights = Mapping[str, torch.Tensor]
@@ -93,7 +95,7 @@ class ExpertEngine:
     fills a slot with NaN before it is read into, so that a race shows in the output (tests).
     `blobs` says what slots hold, if not experts as `tensor_map` has them. A `planner`, once set, is
     asked what to read ahead of need: behind all demand, never in place of what the layer that runs
-    needs, and with no say in what is computed.
+    needs, and with no say in what is computed. A `watch`, once set, hears of every layer.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class ExpertEngine:
         self.cache = ExpertCache(slots.num_slots, policy)
         self.reader = reader
         self.planner: Planner | None = None
+        self.watch: EngineWatch | None = None
         self.ledger = PrefetchLedger()
         self.times = EngineTimes()
         self._poison = poison
@@ -133,6 +136,8 @@ class ExpertEngine:
                 raise OffloadedExpertsError(
                     "the experts of this model were released by close(); load the model again"
                 )
+            watch = self.watch
+            began = 0.0 if watch is None else time.perf_counter()
             # An interrupt cut short its start, the clean-up after its end, or a read ahead.
             if self._is_open or self._is_planning:
                 self._reset()
@@ -142,6 +147,8 @@ class ExpertEngine:
             self._correct(keys)
             access = LayerAccess(self, keys)
             self._look_ahead()
+            if watch is not None:
+                watch.planned(began, time.perf_counter())
             return access
         except BaseException:
             self._turn.release()
@@ -151,6 +158,10 @@ class ExpertEngine:
     def bytes_read(self) -> int:
         """Bytes asked of the disk so far, alignment included."""
         return self.reader.bytes_read
+
+    def set_watch(self, watch: EngineWatch | None, reads: ReadWatch | None) -> None:
+        """Tell `watch` of layers and `reads` of the disk's reads, from now on."""
+        self.watch, self.reader.watch = watch, reads
 
     @property
     def is_closed(self) -> bool:
@@ -349,7 +360,10 @@ class LayerAccess:
             if not load.is_done:
                 waits_from = time.perf_counter()
                 load.settle()  # sync: the reads of one expert
-                self._engine.times.stall_seconds += time.perf_counter() - waits_from
+                waits_until = time.perf_counter()
+                self._engine.times.stall_seconds += waits_until - waits_from
+                if self._engine.watch is not None:
+                    self._engine.watch.waited(waits_from, waits_until)
             load.wait()
             self._met_at = max(self._met_at, load.done_at)
             self._engine._loads.pop(access.key, None)
@@ -383,8 +397,13 @@ class LayerAccess:
 
     def _account(self) -> None:
         times = self._engine.times
+        ended = time.perf_counter()
         times.visits += 1
-        times.inside_seconds += time.perf_counter() - self._demanded_at
+        times.inside_seconds += ended - self._demanded_at
+        watch = self._engine.watch
+        if watch is not None and self._accesses:
+            layer = next(iter(self._accesses.values())).key.layer
+            watch.visited(layer, self._accesses.keys(), self._demanded_at, ended)
         if self._started:
             times.fetch_seconds += self._met_at - self._demanded_at
             times.fetched += len(self._started)

@@ -1,5 +1,6 @@
 """The experts of one layer during one forward, on their way through the tiers."""
 
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -64,6 +65,7 @@ class TieredAccess:
         self._journeys: dict[int, _Journey] = {}
         self._released: set[int] = set()
         self._is_used = False
+        self._opened_at = time.perf_counter()
 
     def need(
         self,
@@ -78,6 +80,7 @@ class TieredAccess:
         that of the missing ones, in which they pass the link, where slots allow a choice.
         """
         engine = self._engine
+        began = time.perf_counter()
         keys = [ExpertKey(self.layer, expert) for expert in experts]
         self.keys.update(keys)
         with engine.deciding():
@@ -93,6 +96,8 @@ class TieredAccess:
         self._plan(accesses, hosts)
         for journey in self._journeys.values():
             self._advance(journey)
+        if engine.watch is not None:
+            engine.watch.planned(began, time.perf_counter())
 
     @property
     def max_together(self) -> int:
@@ -181,6 +186,9 @@ class TieredAccess:
             self._leave_unused()
             engine.end_layer([j.key for j in self._journeys.values() if j.device is None])
         finally:
+            if engine.watch is not None:
+                experts = {*self.device_slots, *self._journeys}
+                engine.watch.visited(self.layer, experts, self._opened_at, time.perf_counter())
             engine.turn.release()
 
     def _plan(self, accesses: Sequence[Access], hosts: Sequence[Access]) -> None:

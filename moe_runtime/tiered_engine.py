@@ -1,6 +1,7 @@
 """Owns the tiers of experts below a device: its slots, pinned host memory, disk."""
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
@@ -18,9 +19,11 @@ from moe_runtime.memory.device_slots import DeviceSlots
 from moe_runtime.memory.expert_source import ExpertSource, Load
 from moe_runtime.memory.pinned_buffer import PinnedBuffer
 from moe_runtime.memory.pinned_slots import PinnedSlots
+from moe_runtime.memory.read_watch import ReadWatch
 from moe_runtime.memory.stream import Event, Stream, Streams
 from moe_runtime.memory.tensor_map import TensorMap
 from moe_runtime.memory.use_log import UseLog
+from moe_runtime.recording.engine_watch import EngineWatch
 from moe_runtime.scheduling.miss_planner import MissPlanner
 from moe_runtime.tiered_access import TieredAccess
 
@@ -65,6 +68,7 @@ class TieredEngine:
         self.cache = ExpertCache(device_slots.num_slots, policy)
         self.host_cache = ExpertCache(host_slots.num_slots, LRUPolicy())
         self.planner = planner
+        self.watch: EngineWatch | None = None
         self.counts = TransferCounts()
         self.buffers = {name: PinnedBuffer(streams) for name in ("routing", "inputs", "outputs")}
         # Re-entrant: an interrupt between taking a turn and using it must not block close().
@@ -89,6 +93,11 @@ class TieredEngine:
     def bytes_read(self) -> int:
         """Bytes asked of the disk so far, alignment included."""
         return self._source.bytes_read
+
+    def set_watch(self, watch: EngineWatch | None, reads: ReadWatch | None) -> None:
+        """Tell `watch` of layers and `reads` of the disk's reads, from now on."""
+        self.watch = watch
+        self._source.set_watch(reads)
 
     @property
     def is_closed(self) -> bool:
@@ -247,11 +256,22 @@ class TieredEngine:
             load = self._reads[slot][1]
             if not may_wait and not load.is_done:
                 return False
-            load.wait()
+            self._wait_for(load)
             self._host_keys[slot] = self._reads[slot][0]
             del self._reads[slot]
         assert self._host_keys[slot] == key, (self._host_keys[slot], key)
         return True
+
+    def _wait_for(self, load: Load) -> None:
+        watch = self.watch
+        if watch is None or load.is_done:
+            load.wait()
+            return
+        began = time.perf_counter()
+        try:
+            load.wait()
+        finally:
+            watch.waited(began, time.perf_counter())
 
     def copy(
         self, key: ExpertKey, *, host_slot: int, device_slot: int, stream: Stream
@@ -273,6 +293,8 @@ class TieredEngine:
         self.host_slots.mark_copy(host_slot, events[1])
         self._device_keys[device_slot] = key
         self.counts.copied_bytes += num_bytes
+        if self.watch is not None:
+            self.watch.copied(*events)
         return events
 
     def mark_used(self, layer: int, compute: Stream) -> None:

@@ -37,7 +37,7 @@ NOUNS = names(
     "placement_map model_preset model_spec config errors"
 )
 BELOW_3 = NOUNS | names("perf kernels predictors placement memory cache")
-BELOW_4 = BELOW_3 | names("simulate scheduling parallel")
+BELOW_4 = BELOW_3 | names("simulate scheduling parallel recording")
 WIRING = names(
     "layer fast_layer engine foresight warm_start offline kernel_settings grouped_experts "
     "torch_rows tiered_access tiered_engine tiered_layer tiered_math"
@@ -64,6 +64,8 @@ LAW = {
     "scheduling": Room(3, names("scheduling"), BELOW_3, names("numpy torch")),
     # Half a floor up: what is simulated are the very decisions that scheduling takes.
     "simulate": Room(3.5, names("simulate"), BELOW_3 | {"scheduling"}, names("numpy torch")),
+    # Told by engines what happens; they know it as a protocol alone.
+    "recording": Room(3, names("recording"), BELOW_3, names("numpy torch")),
     "parallel": Room(3, names("parallel"), BELOW_3, names("numpy torch")),
     "wiring": Room(4, WIRING, BELOW_5, names("numpy torch")),
     "integrations": Room(

@@ -65,6 +65,9 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
     ),
     "unpack": LazyCommand("moe_runtime.cli.unpack", "unpack", "Restore a packed model."),
     "doctor": LazyCommand("moe_runtime.cli.doctor", "doctor", "Check this machine."),
+    "profile": LazyCommand(
+        "moe_runtime.cli.profile", "profile", "Show where the time of a decode step goes."
+    ),
     "probe": LazyCommand("moe_runtime.cli.probe", "probe", "Measure this machine's rates."),
     "trace": CommandFamily(
         "Record routing, and look at it.",

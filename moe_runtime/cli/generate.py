@@ -39,6 +39,7 @@ from moe_runtime.cli.options import (
     TimeoutSeconds,
     TrustRemoteCode,
 )
+from moe_runtime.cli.outputs import check_writable
 from moe_runtime.cli.prompts import read_prompts
 from moe_runtime.cli.terminal import Terminal
 from moe_runtime.errors import BudgetError, ParallelError
@@ -51,6 +52,8 @@ moe-runtime generate ./model --prompt "def read(" --expert-memory 33%
 moe-runtime generate ./model --prompt "def read(" --plan auto
 
 moe-runtime generate org/name --prompts questions.jsonl --chat --temperature 0.7 --json
+
+moe-runtime generate ./model --prompt "def read(" --report run.html --hardware machine.yaml
 
 torchrun --nproc-per-node 4 -m moe_runtime generate ./model --dispatch auto --prompts FILE --json
 """
@@ -149,6 +152,22 @@ def generate(
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN.html",
+            help="Record the run, and write a page of it: time, lanes, cache and bytes.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
+    hardware: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MACHINE.yaml",
+            help="With --report: what the rates of this file, as `probe` writes it, would take.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = None,
     placement: Annotated[
         Path | None,
         typer.Option(
@@ -166,6 +185,10 @@ def generate(
     texts = read_prompts(prompt or [], prompts)
     ExpertMemory.parse(expert_memory)  # before seconds of imports
     limits = _parse_limits(max_memory or [])
+    if report is not None:
+        check_writable(report)
+    elif hardware is not None:
+        raise ValueError(f"--hardware {hardware} predicts for a page; add --report RUN.html")
     terminal = Terminal(as_json=as_json)
     with terminal.waiting("starting"):
         from moe_runtime.cli.generate_parallel import generate_on_ranks_and_show
@@ -206,8 +229,15 @@ def generate(
         timeout_seconds=timeout_seconds,
         plan=plan,
         explicit=_given(context),
+        report=None if report is None else str(report),
+        hardware=None if hardware is None else str(hardware),
     )
     if request.is_parallel:
+        if report is not None:
+            raise ParallelError(
+                f"--report {report} shows one process, and --placement or --dispatch share the "
+                "run among ranks; leave out one of them"
+            )
         generate_on_ranks_and_show(request, terminal)
         return
     num_started = started_ranks() or 1

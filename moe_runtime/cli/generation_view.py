@@ -6,11 +6,13 @@ from typing import Any
 
 from rich.table import Table
 
+from moe_runtime.cli.generation_page import generation_page
 from moe_runtime.cli.terminal import Meter, Terminal
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.measure.completion import Completion
 from moe_runtime.measure.generation import Generation, GenerationRequest, run_generation
 from moe_runtime.measure.prompt import Prompt
+from moe_runtime.report.page import write_page
 
 
 def generate_and_show(request: GenerationRequest, terminal: Terminal) -> None:
@@ -22,6 +24,11 @@ def generate_and_show(request: GenerationRequest, terminal: Terminal) -> None:
     else:
         terminal.write("\n")
         terminal.show(_figures(generation))
+    if generation.record is not None:
+        assert request.report is not None
+        page = generation_page(generation, generation.record)
+        write_page(page, Path(request.report))
+        terminal.remark(f"the report of this run is in {request.report}")
     generation.require_parity()
 
 

@@ -4,18 +4,21 @@ import gc
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_runtime.errors import ParityError
-from moe_runtime.integrations.transformers.handle import handle
+from moe_runtime.integrations.transformers.handle import Handle, handle
+from moe_runtime.integrations.transformers.install import make_policy
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
+from moe_runtime.measure.bench.machine import describe_machine, describe_versions, git_commit
 from moe_runtime.measure.completion import Completion, complete
 from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.fast_parity import MIN_POSITIONS
@@ -24,13 +27,21 @@ from moe_runtime.measure.parity import Parity, Reference, check_fast_parity, che
 from moe_runtime.measure.planned_load import OFF, load
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
+from moe_runtime.measure.run_prediction import RunPrediction, predict_run
 from moe_runtime.memory.packed_folder import is_packed
 from moe_runtime.memory.unpack_folder import unpack_folder
+from moe_runtime.perf.hardware import Hardware
+from moe_runtime.perf.step_cost import StepCost
+from moe_runtime.recording.run_record import RunRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """What to run, and in how much memory; the arguments of `load()` mean what they mean there."""
+    """What to run, and in how much memory; the arguments of `load()` mean what they mean there.
+
+    With `report`, the file of a page, the run is recorded; with `hardware`, a file of rates, what
+    it should have taken is predicted, too.
+    """
 
     model: str
     prompts: Sequence[str]
@@ -58,6 +69,8 @@ class GenerationRequest:
     timeout_seconds: float | None = None
     plan: str = OFF
     explicit: tuple[str, ...] = ()  # fields that were given and that a plan must leave as they are
+    report: str | None = None
+    hardware: str | None = None
 
     @property
     def is_parallel(self) -> bool:
@@ -98,7 +111,10 @@ class ResidentMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What came out of a request. `parity` is None when not asked for, or when it failed to run."""
+    """What came out of a request. `parity` is None when not asked for, or when it failed to run.
+
+    So is `record`; `prediction` also where nothing was decoded.
+    """
 
     request: GenerationRequest
     completions: list[Completion]
@@ -106,6 +122,8 @@ class Generation:
     resident: ResidentMemory
     parity: Parity | None = None
     parity_error: ParityError | None = None
+    record: RunRecord | None = None
+    prediction: RunPrediction | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -137,13 +155,14 @@ class Generation:
             "tiers": self.report["tiers"],
             "plan": self.report["plan"],
             "memory": self.report["memory"] | asdict(self.resident),
-            "settings": self._settings(),
+            "settings": self.settings(),
         }
         if self.request.check:
             found["parity"] = self.parity.as_dict() if self.parity else None
         return found
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, and what of it is in use."""
         request = asdict(self.request)
         del request["prompts"], request["explicit"]
         decoding = request.pop("decoding")
@@ -152,6 +171,15 @@ class Generation:
         # The report last: it has the dtype and device in use, not as they were asked for.
         settings |= self.report["settings"]
         return settings | {"versions": versions}
+
+    def environment(self) -> dict[str, Any]:
+        """The machine and the versions that it ran on."""
+        folder = Path(self.request.model)
+        found = describe_machine(
+            folder if folder.is_dir() else Path.cwd(),
+            torch.device(self.report["settings"]["device"]),
+        )
+        return found | {"versions": describe_versions(), "commit": git_commit()}
 
     def require_parity(self) -> None:
         """Raise ParityError if a check was asked for and did not end well."""
@@ -168,9 +196,11 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
     model are closed.
     """
     after_imports = resident_bytes()
+    hardware = None if request.hardware is None else Hardware.load(Path(request.hardware))
     resolved = resolve_model(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
     )
+    record, prediction = None, None
     with quiet_transformers(listener.on_loading):
         tokenizer, prompts = read_prompts(
             resolved.folder,
@@ -184,8 +214,15 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
         load_peak = peak_resident_bytes()
         with closing(handle(model)) as owner:
             listener.on_loaded(owner.placement())
-            completions = _complete_all(request, model, tokenizer, prompts, listener)
+            with ExitStack() as recording:
+                if request.report is not None:
+                    recorder = recording.enter_context(owner.recorder())
+                completions = _complete_all(request, model, tokenizer, prompts, listener)
             report = owner.report()
+            if request.report is not None:
+                record = recorder.record()
+                if hardware is not None:
+                    prediction = _predict(record, hardware, owner)
             forced = []
             if request.check and not request.exact and report["settings"]["dtype"] != "float32":
                 listener.on_check()
@@ -211,6 +248,23 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
         resident=resident,
         parity=parity,
         parity_error=parity_error,
+        record=record,
+        prediction=prediction,
+    )
+
+
+def _predict(record: RunRecord, hardware: Hardware, owner: Handle) -> RunPrediction | None:
+    memory = owner.report()["memory"]
+    return predict_run(
+        record.first,
+        lambda: make_policy(owner.settings.policy, owner.engine.tensor_map),
+        owner.budget.num_slots,
+        StepCost.of(
+            hardware,
+            expert_bytes=memory["expert_bytes"],
+            # A token looks one row up in what is mapped.
+            dense_bytes=(memory["dense_bytes"] - memory["mapped_bytes"]) // len(owner.sites),
+        ),
     )
 
 

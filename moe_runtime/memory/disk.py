@@ -25,6 +25,7 @@ from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.packing import ITEM_BYTES, require_intact
 from moe_runtime.memory.quantised_blob import row_tensors
+from moe_runtime.memory.read_watch import ReadWatch
 from moe_runtime.memory.reader_pool import ReaderPool
 from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, RowsMove, StridedMove
 
@@ -52,7 +53,7 @@ class DiskReader:
 
     `direct` asks for O_DIRECT reads, which leave the page cache alone, so that a memory budget is
     one; where the file system refuses, reads go through the page cache and `is_direct` says so.
-    `ahead` is the line of reads that nobody has demanded.
+    `ahead` is the line of reads that nobody has demanded. A `watch` hears of every read.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class DiskReader:
         self.ahead = AheadLine(self._pool)
         self._counter_lock = threading.Lock()
         self._bytes_read = 0
+        self.watch: ReadWatch | None = None
 
     @property
     def is_direct(self) -> bool:
@@ -266,7 +268,7 @@ class DiskReader:
         vectors: list[Any] = [target[first - offset : last - offset]]
         vectors = ([head] if first > start else []) + vectors + ([tail] if last < end else [])
         try:
-            count = os.preadv(file.descriptor, vectors, start)
+            count = self._ask(file, vectors, start)
         except OSError:
             return False  # the plain way tries again, and says what is wrong
         if start + count < offset + num_bytes:
@@ -317,7 +319,7 @@ class DiskReader:
         done = 0
         while start + done < offset + num_bytes:
             try:
-                count = os.preadv(file.descriptor, [window[done : end - start]], start + done)
+                count = self._ask(file, [window[done : end - start]], start + done)
             except OSError as error:
                 raise ExpertReadError(
                     f"reading {file.path} at offset {start + done} failed: {error.strerror}; "
@@ -335,6 +337,17 @@ class DiskReader:
                     )
         self._account(file, offset, done)
         return np.frombuffer(buffer, np.uint8, num_bytes, offset - start)
+
+    def _ask(self, file: _OpenFile, vectors: list[Any], offset: int) -> int:
+        """One read of the operating system; how many bytes it gave."""
+        watch = self.watch
+        if watch is None:
+            return os.preadv(file.descriptor, vectors, offset)
+        watch.begun()
+        try:
+            return os.preadv(file.descriptor, vectors, offset)
+        finally:
+            watch.ended(sum(map(len, vectors)))
 
     def _account(self, file: _OpenFile, offset: int, num_bytes: int) -> None:
         """After a read: the file is still the one that was opened, and so many bytes were asked."""

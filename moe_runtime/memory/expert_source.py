@@ -5,6 +5,7 @@ from typing import Protocol
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.disk import Blob, DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
+from moe_runtime.memory.read_watch import ReadWatch
 from moe_runtime.memory.tensor_map import TensorMap
 
 
@@ -39,6 +40,9 @@ class ExpertSource(Protocol):
     def start(self, key: ExpertKey, blob: Blob, load: Load) -> None:
         """Start to read `key` into `blob`. If it raises, nothing writes to `blob` any more."""
 
+    def set_watch(self, watch: ReadWatch | None) -> None:
+        """Tell `watch` of every read, from now on."""
+
     def close(self) -> None:
         """Finish what is under way, and free threads and files."""
 
@@ -60,6 +64,9 @@ class DiskSource:
     def start(self, key: ExpertKey, blob: Blob, load: Load) -> None:
         assert isinstance(load, ExpertLoad)
         self._reader.submit(self._tensor_map.extents(key), self._tensor_map.layout(key), blob, load)
+
+    def set_watch(self, watch: ReadWatch | None) -> None:
+        self._reader.watch = watch
 
     def close(self) -> None:
         self._reader.close()

@@ -33,6 +33,7 @@ from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.quantised_map import QuantisedMap
 from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.recording.run_recorder import NUM_SPANS, RunRecorder
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from moe_runtime.tiered_math import TieredMath
@@ -197,6 +198,18 @@ class Handle:
             },
             "plan": self.plan,
         } | ({} if self.parallel is None else {"parallel": self.parallel.report()})
+
+    def recorder(self, *, num_spans: int = NUM_SPANS) -> RunRecorder:
+        """Enter it to keep what the model does meanwhile: hits, bytes and lanes over time."""
+        engine = self.engine
+        stream = engine.streams.compute() if isinstance(engine, TieredEngine) else None
+        return RunRecorder(
+            self._root,
+            engine,
+            num_layers=len(self._sites),
+            device_stream=stream,
+            num_spans=num_spans,
+        )
 
     def placement(self) -> str:
         """One line: what lives where."""
