@@ -1,10 +1,12 @@
 """Chooses the next token of each sequence, whoever it shares a batch with."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import (
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -71,3 +73,9 @@ class TokenChooser:
             seeded = torch.Generator().manual_seed(self.sampling.seed + sequence)
             self._generators[sequence] = seeded
         return self._generators[sequence]
+
+
+def end_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens with which the model says that it has finished."""
+    end: Any = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
