@@ -119,11 +119,9 @@ class _Run:
                 memory = owner.report()["memory"]
                 free_bytes = int((1 - _RESERVE_SHARE) * available_bytes)
                 free_bytes -= memory["dense_bytes"] + memory["expert_used_bytes"]
-                with self._forward(model, lines, free_bytes) as (forward, scheduler, size, facts):
+                with self._forward(model, lines, free_bytes) as (runs, scheduler, size, facts):
                     self.load_seconds = time.perf_counter() - started
-                    self._run(
-                        StreamedForward(forward, owner, policy), scheduler, size, lines, facts
-                    )
+                    self._run(StreamedForward(runs, owner, policy), scheduler, size, lines, facts)
 
     def _load(
         self, resolved: ResolvedModel, policy: ScanPolicy, available_bytes: int

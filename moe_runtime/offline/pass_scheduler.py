@@ -88,20 +88,25 @@ class PassScheduler:
     def _admit(self, num_tokens: int) -> list[Sequence]:
         prompts: list[Sequence] = []
         limit = self._pass_tokens()
+        num_growing = sum(map(self._may_grow, self._running))
         while self._waiting and len(self._running) < self._max_sequences:
             sequence = self._waiting[0]
             if prompts and num_tokens + sequence.num_tokens > limit:
                 break
-            # Each that runs may want a page more before any of them ends.
-            needed = self._table.missing(sequence.number, sequence.num_tokens) + len(self._running)
+            # Each that grows may want a page more before any of them ends.
+            needed = self._table.missing(sequence.number, sequence.num_tokens) + num_growing
             if self._running and needed > self._table.num_free:
                 break
             self._waiting.popleft()
             self._table.hold(sequence.number, sequence.num_tokens)
+            num_growing += self._may_grow(sequence)
             self._running.append(sequence)
             prompts.append(sequence)
             num_tokens += sequence.num_tokens
         return prompts
+
+    def _may_grow(self, sequence: Sequence) -> bool:
+        return self._table.missing(sequence.number, sequence.most_tokens) > 0
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -118,8 +118,8 @@ class ResultFile:
             # Only the end of our own file can be torn: all else is not ours to cut.
             if not is_torn_only or (not num_whole and not _may_be_ours(self._path)):
                 raise BatchError(
-                    f"line {num_whole + 1} of results file {self._path} is not a result of a batch run; "
-                    "name another file with -o"
+                    f"line {num_whole + 1} of results file {self._path} is not a result of a batch "
+                    "run; name another file with -o"
                 )
             os.ftruncate(self._file, whole_bytes)
         return whole_bytes
