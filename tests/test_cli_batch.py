@@ -192,6 +192,20 @@ def test_too_little_memory_for_keys_is_refused_with_what_would_do(
     assert huge.code == 0  # no more than lines need is taken
 
 
+def test_settings_of_the_model_that_are_not_heeded_are_named(
+    capsys: Capsys, tmp_path: Path
+) -> None:
+    folder = save_mixtral(tmp_path / "model")
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps(config | {"repetition_penalty": 1.25})
+    )
+    requests = write_requests(tmp_path / "r.jsonl", [{"prompt": "x", "max_tokens": 1}])
+    outcome = run(capsys, folder, requests, tmp_path / "o.jsonl")
+    assert outcome.code == 0
+    assert "generate() would heed repetition_penalty=1.25 of" in outcome.err
+
+
 def test_files_that_cannot_be_used_are_refused(capsys: Capsys, model: Path, tmp_path: Path) -> None:
     requests = mixed_requests(tmp_path / "r.jsonl")
     content = requests.read_bytes()
@@ -210,7 +224,7 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_line(
     whole = tmp_path / "whole.jsonl"
     assert run(capsys, model, requests, whole).code == 0
     output = tmp_path / "o.jsonl"
-    draw = random.Random()  # law of any moment, not of one
+    draw = random.Random(0)
     arguments = ("batch", model, requests, "-o", output, "--expert-memory", "50%")
     kept = []
     for _ in range(2):

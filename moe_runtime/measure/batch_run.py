@@ -13,7 +13,7 @@ from moe_runtime.errors import BatchError, BudgetError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.load import load
-from moe_runtime.integrations.transformers.next_token import end_ids
+from moe_runtime.integrations.transformers.next_token import end_ids, unused_settings
 from moe_runtime.integrations.transformers.own_cache_model import OwnCacheModel
 from moe_runtime.integrations.transformers.paged_model import PagedModel
 from moe_runtime.integrations.transformers.progress import quiet_transformers
@@ -116,6 +116,11 @@ class _Run:
             with closing(handle(model)) as owner:
                 self._listener.on_loaded(owner.placement())
                 lines.end_ids = end_ids(model)
+                if unused := unused_settings(model):
+                    self._listener.on_warning(
+                        f"generate() would heed {', '.join(unused)} of the model's generation "
+                        "config, and batch does not"
+                    )
                 memory = owner.report()["memory"]
                 free_bytes = int((1 - _RESERVE_SHARE) * available_bytes)
                 free_bytes -= memory["dense_bytes"] + memory["expert_used_bytes"]

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,8 @@ class ResultFile:
         except OSError as error:
             raise BatchError(f"results file {path} cannot be opened: {error.strerror}") from error
         try:
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise BatchError(f"results file {path} is not a regular file; name another")
             self._lock()
             self._size_bytes = self._recover()
         except BaseException:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -141,7 +140,7 @@ def test_own_attention_gives_the_tokens_of_generate(
 def test_a_pass_reads_each_expert_at_most_once(
     name: str, load_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Law: a pass reads at most as many experts as there are, on demand and ahead of it together."""
+    """Law: a pass reads no more experts than there are, on demand and ahead together."""
     policy = ScanPolicy()
     model = load_tiny(name, policy)
     owner = moe_runtime.handle(model)

@@ -141,6 +141,8 @@ def test_a_full_disk_stops_the_run_and_keeps_whole_lines(tmp_path: Path) -> None
         results.append(result("b"))
 
 
-def test_a_folder_is_no_results_file(tmp_path: Path) -> None:
+def test_a_folder_or_a_device_is_no_results_file(tmp_path: Path) -> None:
+    with pytest.raises(BatchError, match="not a regular file"):
+        ResultFile(Path("/dev/full"))
     with pytest.raises(BatchError, match="cannot be opened: Is a directory"):
         ResultFile(tmp_path)
