@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from moe_runtime.kernels.cpu.attention import PAGE_TOKENS, PagedAttention
+from moe_runtime.kernels.cpu.attention import PagedAttention
+from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
 from moe_runtime.measure.bench.machine import git_commit
 from moe_runtime.measure.processor import this_processor
 

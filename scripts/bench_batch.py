@@ -141,7 +141,7 @@ def measure_generate(arguments: argparse.Namespace, folder: Path, lines: Lines) 
 def measure_generate_batch(
     arguments: argparse.Namespace, folder: Path, lines: Lines
 ) -> dict[str, Any]:
-    """transformers' continuous batching, which has one length of answers for all lines of a call."""
+    """transformers' continuous batching, with one length of answers for all lines of a call."""
     model = load(folder, expert_memory=arguments.residency, warm_start=False)
     with closing(handle(model)) as owner:
         # It takes one length for all lines: groups of like lengths waste least.

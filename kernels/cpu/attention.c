@@ -227,13 +227,28 @@ INLINE void weigh(v16 *scores, int64_t vectors, float *most, float *weight_sum, 
     *weight_sum += sum_of(sum);
 }
 
+/* Adds weighted values of tokens `from` .. `to` of a page, and fetches as much from `next` on. */
+INLINE void add_page(v16 (*sums)[2], const char *value, int64_t width, int64_t column,
+                     const char *next, const float *weight, int from, int to, int heads,
+                     int is_bf16) {
+    const int lines = is_bf16 ? 1 : 2;
+    v16 row[2];
+    for (int t = from; t < to; t++) {
+        const int at = place(t, is_bf16);
+        fetch(next + t * lines * LINE, lines);
+        load(row, value, t * width + column, is_bf16);
+        for (int h = 0; h < heads; h++)
+            for (int i = 0; i < 2; i++) sums[h][i] += row[i] * weight[h * VECTORS * LANES + at];
+    }
+}
+
 /* Adds weighted values of a tile to 32 columns of `heads` sums; keys of the next tile are fetched
  * meanwhile. */
 INLINE void add_values(const struct task *task, int64_t begin, int64_t pages, int64_t next_pages,
                        int64_t column, const v16 *weights, float *total, int heads, int is_bf16) {
     const int64_t width = task->op->value_width;
     const int lines = is_bf16 ? 1 : 2;
-    v16 sums[HEADS][2], row[2];
+    v16 sums[HEADS][2];
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < 2; i++) sums[h][i] = *(v16u *)(total + h * width + column + i * LANES);
     for (int64_t page = 0; page < pages; page++) {
@@ -241,14 +256,11 @@ INLINE void add_values(const struct task *task, int64_t begin, int64_t pages, in
         const char *next = page < next_pages ? key_page(task, begin + pages + page) : value;
         const float *weight = (const float *)&weights[2 * page];
         next += column * lines * LINE;
-        const int to = to_token(task, begin + page);
-        for (int t = from_token(task, begin + page); t < to; t++) {
-            const int at = place(t, is_bf16);
-            fetch(next + t * lines * LINE, lines);
-            load(row, value, t * width + column, is_bf16);
-            for (int h = 0; h < heads; h++)
-                for (int i = 0; i < 2; i++) sums[h][i] += row[i] * weight[h * VECTORS * LANES + at];
-        }
+        const int from = from_token(task, begin + page), to = to_token(task, begin + page);
+        if (from == 0 && to == PAGE) /* nearly all pages: a loop of known length */
+            add_page(sums, value, width, column, next, weight, 0, PAGE, heads, is_bf16);
+        else
+            add_page(sums, value, width, column, next, weight, from, to, heads, is_bf16);
     }
     for (int h = 0; h < heads; h++)
         for (int i = 0; i < 2; i++) *(v16u *)(total + h * width + column + i * LANES) = sums[h][i];

@@ -10,12 +10,12 @@ import torch
 
 from moe_runtime.kernels.cpu.attention_status import (
     LEVELS,
+    PAGE_TOKENS,
     attention_status,
     open_attention_library,
 )
 from moe_runtime.kernels.cpu.openmp import find_openmp
 
-PAGE_TOKENS = 32  # as attention.c holds a page of keys in two vectors
 TORCH = "torch"
 _VALUE_LANES = 16  # of values that the kernel adds up together
 _MOST_KEY_WIDTH = 1024

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from moe_runtime.kernels.cpu.attention import PagedAttention
-from moe_runtime.offline.page_table import PAGE_TOKENS, PageTable
+from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
+from moe_runtime.offline.page_table import PageTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Which pages of a bounded store hold the tokens of which sequence."""
 
-PAGE_TOKENS = 32
+from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
 
 
 def pages_for(num_tokens: int) -> int:

@@ -12,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_runtime.kernels.cpu import attention as face
-from moe_runtime.kernels.cpu.attention import PAGE_TOKENS, TORCH, PagedAttention
-from moe_runtime.kernels.cpu.attention_status import LEVELS, open_attention_library
+from moe_runtime.kernels.cpu.attention import TORCH, PagedAttention
+from moe_runtime.kernels.cpu.attention_status import (
+    LEVELS,
+    PAGE_TOKENS,
+    open_attention_library,
+)
 from moe_runtime.kernels.cpu.library import NOT_BUILT, OTHER_BUILD
 from tests.kernels.test_cpu_gemv import compile_library
 

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
 from moe_runtime.offline.cohort_scheduler import CohortScheduler
-from moe_runtime.offline.page_table import PAGE_TOKENS, PageTable, pages_for
+from moe_runtime.offline.page_table import PageTable, pages_for
 from moe_runtime.offline.pass_scheduler import PassScheduler
 from moe_runtime.offline.sequence import Sequence
 

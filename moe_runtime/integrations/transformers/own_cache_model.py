@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.kv_rows import row_bytes, select_rows
-from moe_runtime.offline.page_table import PAGE_TOKENS
+from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
 from moe_runtime.offline.pass_scheduler import PassPlan
 
 # N sequences, S tokens a row, padding included
