@@ -46,6 +46,12 @@ C_SOURCES = (
     ("kernels", "cpu", "quantise", ["-O3", "-fno-trapping-math"]),
     ("kernels", "cpu", "unpack", ["-O2"]),
     ("kernels", "cpu", "dequant", ["-O2"]),
+    (
+        "kernels",
+        "cpu",
+        "attention",
+        ["-O3", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"],
+    ),
     ("placement", "native", "anneal", ["-O3"]),
 )
 LIBRARIES = [

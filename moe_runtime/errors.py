@@ -78,3 +78,7 @@ class PlacementError(MoERuntimeError, ValueError):
 
 class ParallelError(MoERuntimeError, RuntimeError):
     """Ranks cannot meet, disagree, or have lost each other."""
+
+
+class BatchError(MoERuntimeError, ValueError):
+    """A batch file cannot be read, or its results cannot be written."""

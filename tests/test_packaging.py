@@ -109,7 +109,7 @@ def test_the_wheel_holds_each_file_of_the_library_once_and_nothing_else(wheel: P
     for name in (*ROOMS, "configs"):
         expected |= {f"{name}/{path}" for path in files_below(ROOT / name)}
     if HAS_COMPILER:
-        names = ("gemv", "experts", "unpack", "dequant", "quantise")
+        names = ("gemv", "experts", "unpack", "dequant", "quantise", "attention")
         expected |= {f"kernels/cpu/{name}_library.so" for name in names}
         expected |= {"placement/native/anneal_library.so"}
     assert sorted(paths) == sorted(expected)

@@ -60,6 +60,9 @@ COMMANDS: Mapping[str, LazyCommand | CommandFamily] = {
     "generate": LazyCommand(
         "moe_runtime.cli.generate", "generate", "Continue prompts within a memory budget."
     ),
+    "batch": LazyCommand(
+        "moe_runtime.cli.batch", "batch", "Answer a file of requests, as fast as it goes."
+    ),
     "pack": LazyCommand(
         "moe_runtime.cli.pack", "pack", "Make a model's experts a quarter smaller, losslessly."
     ),

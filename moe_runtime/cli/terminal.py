@@ -89,5 +89,14 @@ class Meter:
         self._bar = bar
         self._task = bar.add_task(what, total=None)
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether there is a person to watch it."""
+        return not self._bar.disable
+
     def update(self, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total)
+
+    def say(self, what: str) -> None:
+        """Another word beside the bar."""
+        self._bar.update(self._task, description=what)

@@ -5,6 +5,7 @@ import platform
 import re
 
 from moe_runtime import __version__
+from moe_runtime.kernels.cpu.attention_status import attention_status
 from moe_runtime.kernels.cpu.dequant_status import dequant_status
 from moe_runtime.kernels.cpu.experts_status import experts_status
 from moe_runtime.kernels.cpu.gemv_status import gemv_status
@@ -90,6 +91,7 @@ def check_kernels() -> Check:
         "active": experts.partition(" ")[0],
         "experts_bf16": experts,
         "one_token_bf16": one_token_bf16,
+        "decode_attention": attention_status(),
         "placement_search": anneal_status(),
         "unpack": unpack_status(),
         "dequant": dequant_status(),
@@ -100,7 +102,8 @@ def check_kernels() -> Check:
         f"torch on {' and '.join(devices)}, {torch.get_num_threads()} threads; "
         f"bf16 experts on the CPU: {experts}; with --exact, one token at a time: {one_token_bf16}; "
         f"placement search: {anneal_status()}; packed experts: {unpack_status()}; "
-        f"fp8 and mxfp4 experts: {dequant_status()}"
+        f"fp8 and mxfp4 experts: {dequant_status()}; "
+        f"attention of batch: {attention_status()}"
     )
     return Check(name="kernels", status=Status.OK, finding=finding, facts=facts)
 

@@ -23,7 +23,7 @@ from moe_runtime.integrations.transformers.kv_rows import (
     row_bytes,
     select_rows,
 )
-from moe_runtime.integrations.transformers.next_token import Sampling, TokenChooser
+from moe_runtime.integrations.transformers.next_token import Sampling, TokenChooser, end_ids
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.predictors.predictor import Predictor
 from moe_runtime.predictors.store import load_predictor
@@ -174,7 +174,7 @@ class _Run:
         self._chooser = chooser
         self._batch_size = batch_size
         self._max_new_tokens = max_new_tokens
-        self._ends = _end_ids(model)
+        self._ends = end_ids(model)
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._expert_bytes = expert_bytes
         self._paths = paths
@@ -340,11 +340,6 @@ def _check_size(predictor: Predictor, sites: Sequence[ExpertSite]) -> None:
             f"predictor {predictor.name} belongs to another model: it is of {of}; this one has "
             f"{sizes[0]} layers of {sizes[1]} experts, top-{sizes[2]}; train one on a trace of it"
         )
-
-
-def _end_ids(model: PreTrainedModel) -> frozenset[int]:
-    end: Any = getattr(model.generation_config, "eos_token_id", None)
-    return frozenset(end if isinstance(end, list) else [] if end is None else [end])
 
 
 def _with_text(

@@ -1,10 +1,12 @@
 """Chooses the next token of each sequence, whoever it shares a batch with."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import (
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -71,3 +73,30 @@ class TokenChooser:
             seeded = torch.Generator().manual_seed(self.sampling.seed + sequence)
             self._generators[sequence] = seeded
         return self._generators[sequence]
+
+
+# What a model's generation config may ask of generate() beside sampling, and what asks for nothing.
+_PROCESSORS = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+}
+
+
+def unused_settings(model: PreTrainedModel) -> list[str]:
+    """Settings of the model's generation config that change scores, and that nobody here heeds."""
+    config = model.generation_config
+    given = ((name, getattr(config, name, None)) for name in _PROCESSORS)
+    return [f"{name}={value}" for name, value in given if value not in (None, _PROCESSORS[name])]
+
+
+def end_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Tokens with which the model says that it has finished."""
+    end: Any = getattr(model.generation_config, "eos_token_id", None)
+    return frozenset(end if isinstance(end, list) else [] if end is None else [end])

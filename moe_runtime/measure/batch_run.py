@@ -1,0 +1,329 @@
+"""A batch file run through a model with offloaded experts, with everything measured on the way."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moe_runtime.cache.scan import ScanPolicy
+from moe_runtime.errors import BatchError, BudgetError, UnsupportedModelError
+from moe_runtime.expert_memory import ExpertMemory, format_bytes
+from moe_runtime.integrations.transformers.handle import handle
+from moe_runtime.integrations.transformers.load import load
+from moe_runtime.integrations.transformers.next_token import end_ids, unused_settings
+from moe_runtime.integrations.transformers.own_cache_model import OwnCacheModel
+from moe_runtime.integrations.transformers.paged_model import PagedModel
+from moe_runtime.integrations.transformers.progress import quiet_transformers
+from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
+from moe_runtime.integrations.transformers.streamed_forward import StreamedForward
+from moe_runtime.measure.batch_lines import BatchLine, BatchLines, encode_line
+from moe_runtime.measure.batch_request import BatchRequest, BatchRun, Listener
+from moe_runtime.measure.prompt import load_tokenizer
+from moe_runtime.memory.available import available_memory_bytes
+from moe_runtime.offline.cohort_scheduler import CohortScheduler
+from moe_runtime.offline.engine import Forward, OfflineEngine
+from moe_runtime.offline.kv_pages import page_bytes
+from moe_runtime.offline.page_table import PageTable, pages_for
+from moe_runtime.offline.pass_scheduler import PassScheduler, Scheduler
+from moe_runtime.offline.pass_size import PassSize
+from moe_runtime.offline.request import BadLine, Request, read_requests
+from moe_runtime.offline.result_file import ResultFile, failure, success
+from moe_runtime.offline.sequence import Sequence
+
+# Of what is free, left to all that is neither weights nor keys and values.
+_RESERVE_SHARE = 0.1
+# Of what is free, kept from experts where these would take all of it.
+_KV_SHARE = 0.25
+
+
+def run_batch(request: BatchRequest, listener: Listener) -> BatchRun:
+    """Run what earlier runs have not finished; each result is written when it is there."""
+    if request.results.exists() and request.results.samefile(request.requests):
+        raise BatchError(f"results file {request.results} is the requests file; name another")
+    _check_kv_memory(request.kv_memory)
+    requests, bad_lines = read_requests(
+        request.requests, max_tokens=request.max_tokens, temperature=request.temperature
+    )
+    with ResultFile(request.results) as results:
+        failed = _Failures(results, listener)
+        for bad in bad_lines:
+            failed.add(bad)
+        open_requests = [one for one in requests if not results.is_done(one)]
+        run = _Run(request, results, failed, listener)
+        if open_requests:
+            run.run(open_requests)
+        return BatchRun(
+            num_lines=len(requests) + len(bad_lines),
+            num_finished=run.num_finished,
+            num_failed=failed.count,
+            num_skipped=len(requests) - len(open_requests),
+            prompt_tokens=run.prompt_tokens,
+            new_tokens=run.new_tokens,
+            seconds=run.seconds,
+            load_seconds=run.load_seconds,
+            report=run.report,
+        )
+
+
+class _Failures:
+    """Lines that cannot run: each is written once, whatever the number of runs."""
+
+    def __init__(self, results: ResultFile, listener: Listener) -> None:
+        self.count = 0
+        self._results = results
+        self._listener = listener
+
+    def add(self, bad: BadLine) -> None:
+        self.count += 1
+        if not self._results.is_reported(bad):
+            self._results.append(failure(bad))
+            self._listener.on_bad_line(bad)
+
+
+class _Run:
+    """One model and the lines that it runs."""
+
+    def __init__(
+        self, request: BatchRequest, results: ResultFile, failed: _Failures, listener: Listener
+    ) -> None:
+        self.num_finished = 0
+        self.prompt_tokens = 0
+        self.new_tokens = 0
+        self.seconds = 0.0
+        self.load_seconds = 0.0
+        self.report: dict[str, Any] | None = None
+        self._request = request
+        self._results = results
+        self._failed = failed
+        self._listener = listener
+
+    def run(self, requests: list[Request]) -> None:
+        request = self._request
+        resolved = resolve_model(
+            request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
+        )
+        with quiet_transformers(self._listener.on_loading):
+            lines = self._encode(requests, resolved)
+            if not lines.lines:
+                return
+            available_bytes = available_memory_bytes()
+            started = time.perf_counter()
+            policy = ScanPolicy()
+            model = self._load(resolved, policy, available_bytes)
+            with closing(handle(model)) as owner:
+                self._listener.on_loaded(owner.placement())
+                lines.end_ids = end_ids(model)
+                if unused := unused_settings(model):
+                    self._listener.on_warning(
+                        f"generate() would heed {', '.join(unused)} of the model's generation "
+                        "config, and batch does not"
+                    )
+                memory = owner.report()["memory"]
+                free_bytes = int((1 - _RESERVE_SHARE) * available_bytes)
+                free_bytes -= memory["dense_bytes"] + memory["expert_used_bytes"]
+                with self._forward(model, lines, free_bytes) as (runs, scheduler, size, facts):
+                    self.load_seconds = time.perf_counter() - started
+                    self._run(StreamedForward(runs, owner, policy), scheduler, size, lines, facts)
+
+    def _load(
+        self, resolved: ResolvedModel, policy: ScanPolicy, available_bytes: int
+    ) -> PreTrainedModel:
+        request = self._request
+        limit: dict[int | str, int | str] | None = None
+        if ExpertMemory.parse(request.expert_memory) == ExpertMemory():
+            limit = {"cpu": int((1 - _KV_SHARE) * available_bytes)}
+        loaded = load(
+            resolved.folder,
+            expert_memory=request.expert_memory,
+            policy=policy,
+            expert_dtype=request.expert_dtype,
+            page_cache=request.page_cache,
+            warm_start=False,
+            max_memory=limit,
+            device_map="cpu",
+            trust_remote_code=request.trust_remote_code,
+            dtype=request.dtype,
+        )
+        loaded.eval()
+        return loaded
+
+    def _encode(self, requests: list[Request], resolved: ResolvedModel) -> BatchLines:
+        tokenizer = load_tokenizer(
+            resolved.folder, trust_remote_code=self._request.trust_remote_code
+        )
+        lines = BatchLines(tokenizer=tokenizer, end_ids=frozenset())
+        for number, one in enumerate(requests):
+            line = encode_line(one, number, tokenizer, resolved.config, seed=self._request.seed)
+            if isinstance(line, BadLine):
+                self._failed.add(line)
+            else:
+                lines.lines[number] = line
+        return lines
+
+    @contextmanager
+    def _forward(
+        self, model: PreTrainedModel, lines: BatchLines, free_bytes: int
+    ) -> Iterator[tuple[Forward, Scheduler, PassSize, dict[str, Any]]]:
+        """What runs the passes, and who runs in them: by our attention, or by the model's own."""
+        size = PassSize()
+        most = self._request.max_sequences
+        with ExitStack() as stack:
+            try:
+                paged = stack.enter_context(PagedModel(model))
+            except UnsupportedModelError as error:
+                self._listener.on_warning(
+                    f"this model runs with its own attention, in batches that start together: "
+                    f"{error}"
+                )
+                own = OwnCacheModel(model)
+                num_pages = self._num_pages(lines, own.page_bytes(), free_bytes)
+                table = PageTable(num_pages)
+                facts = {
+                    "attention": f"the model's own ({error})",
+                    "page_bytes": own.page_bytes(),
+                    "pages": num_pages,
+                }
+                sequences = _in_order(lines)
+                yield own, CohortScheduler(sequences, table, max_sequences=most), size, facts
+                facts["most_used_bytes"] = table.most_used * own.page_bytes()
+                return
+            num_pages = self._num_pages(lines, page_bytes(paged.shapes), free_bytes)
+            pages = paged.open_pages(num_pages)
+            facts = {
+                "attention": pages.attention.status(),
+                "page_bytes": pages.page_bytes,
+                "pages": num_pages,
+            }
+            scheduler = PassScheduler(
+                _in_order(lines), pages.table, pass_tokens=size.limit, max_sequences=most
+            )
+            yield paged, scheduler, size, facts
+            facts["most_used_bytes"] = pages.most_used_bytes
+
+    def _num_pages(self, lines: BatchLines, one_page_bytes: int, free_bytes: int) -> int:
+        """Pages for all lines, or what the memory has; lines that do not fit by themselves fail."""
+        wanted = sorted(
+            (pages_for(line.sequence.most_tokens) for line in lines.lines.values()), reverse=True
+        )
+        all_pages = sum(wanted[: self._request.max_sequences])
+        if self._request.kv_memory == "auto":
+            budget_bytes = free_bytes
+            remedy = "lower --expert-memory"
+        else:
+            budget_bytes = ExpertMemory.parse(self._request.kv_memory).num_bytes or 0
+            remedy = f"set --kv-memory {wanted[0] * one_page_bytes} or more"
+        num_pages = min(all_pages, budget_bytes // one_page_bytes)
+        if num_pages < wanted[-1]:
+            raise BudgetError(
+                f"{format_bytes(max(0, budget_bytes))} for keys and values are less than the "
+                f"{format_bytes(wanted[-1] * one_page_bytes)} of the shortest line; {remedy}"
+            )
+        if num_pages * one_page_bytes > free_bytes:
+            raise BudgetError(
+                f"{format_bytes(num_pages * one_page_bytes)} for keys and values do not fit in the "
+                f"{format_bytes(max(0, free_bytes))} that weights leave free; set --kv-memory "
+                f"{max(0, free_bytes)} or less, or lower --expert-memory"
+            )
+        for number, line in list(lines.lines.items()):
+            pages = pages_for(line.sequence.most_tokens)
+            if pages > num_pages:
+                del lines.lines[number]
+                self._failed.add(_too_large(line, pages, num_pages, one_page_bytes, remedy))
+        return num_pages
+
+    def _run(
+        self,
+        forward: StreamedForward,
+        scheduler: Scheduler,
+        size: PassSize,
+        lines: BatchLines,
+        facts: dict[str, Any],
+    ) -> None:
+        engine = OfflineEngine(
+            forward, scheduler, size, choose=lines.choose, is_finished=lines.is_finished
+        )
+        started = time.perf_counter()
+        work = _Work(lines)
+        for sequence in engine.run():
+            self._write(lines, lines.lines[sequence.number])
+            self.seconds = time.perf_counter() - started
+            work.finish(lines.lines[sequence.number])
+            self._listener.on_lines(
+                self.num_finished, len(lines.lines), work.eta_seconds(self.seconds)
+            )
+        self.report = {
+            "passes": asdict(engine.report),
+            "n_real": size.n_real,
+            "kv": facts,
+            "experts": forward.owner.report(),
+        }
+
+    def _write(self, lines: BatchLines, line: BatchLine) -> None:
+        sequence = line.sequence
+        self._results.append(
+            success(
+                line.request,
+                model=self._request.model,
+                text=lines.text(line),
+                finish_reason=line.finish_reason,
+                num_prompt_tokens=len(sequence.prompt_ids),
+                num_new_tokens=len(sequence.written),
+            )
+        )
+        self.num_finished += 1
+        self.prompt_tokens += len(sequence.prompt_ids)
+        self.new_tokens += len(sequence.written)
+
+
+class _Work:
+    """How much is left, if every line writes all that it may."""
+
+    def __init__(self, lines: BatchLines) -> None:
+        self._lines = lines
+        self._finished_tokens = 0
+        self._left_tokens = sum(line.sequence.max_new_tokens for line in lines.lines.values())
+
+    def finish(self, line: BatchLine) -> None:
+        self._left_tokens -= line.sequence.max_new_tokens
+        self._finished_tokens += len(line.sequence.written)
+
+    def eta_seconds(self, seconds: float) -> float:
+        running = sum(
+            len(line.sequence.written)
+            for line in self._lines.lines.values()
+            if not line.finish_reason
+        )
+        return seconds * (self._left_tokens - running) / (self._finished_tokens + running)
+
+
+def _in_order(lines: BatchLines) -> list[Sequence]:
+    """The longest answers first: they would else run alone at the end."""
+    sequences = [line.sequence for line in lines.lines.values()]
+    return sorted(sequences, key=lambda one: -one.max_new_tokens)
+
+
+def _too_large(
+    line: BatchLine, pages: int, num_pages: int, one_page_bytes: int, remedy: str
+) -> BadLine:
+    return BadLine(
+        line=line.request.line,
+        custom_id=line.request.custom_id,
+        code="kv_memory_exceeded",
+        message=f"{line.sequence.most_tokens} tokens need {format_bytes(pages * one_page_bytes)} "
+        f"of keys and values, and there are {format_bytes(num_pages * one_page_bytes)}; {remedy}, "
+        "or allow fewer tokens",
+    )
+
+
+def _check_kv_memory(text: str) -> None:
+    if text == "auto":
+        return
+    try:
+        is_size = ExpertMemory.parse(text).num_bytes is not None
+    except BudgetError:
+        is_size = False
+    if not is_size:
+        raise BudgetError(f"--kv-memory {text!r} is not a size; write auto, 4GiB or 512MiB")

@@ -1,0 +1,39 @@
+"""Reads the next layer's experts while the current one computes, for passes that use them all."""
+
+from collections.abc import Sequence
+
+from moe_runtime.cache.cache import ExpertCache
+from moe_runtime.cache.scan import ScanPolicy
+from moe_runtime.engine import AheadPlan
+from moe_runtime.expert import ExpertKey
+
+# Of a layer's experts: what is on its way takes slots from what could stay.
+_SHARE_AHEAD = 0.25
+
+
+class LayerStream:
+    """A planner for `ExpertEngine`: streams weights ahead layer by layer, as MoE-Lens does.
+
+    Only while `is_on`: few tokens use few experts, and reading the others would be for nothing.
+    """
+
+    def __init__(
+        self, cache: ExpertCache, policy: ScanPolicy, num_experts_by_layer: Sequence[int]
+    ) -> None:
+        self.is_on = False
+        self._cache = cache
+        self._policy = policy
+        self._num_experts = num_experts_by_layer
+
+    def plan(self, num_in_line: int) -> AheadPlan | None:
+        if not self.is_on:
+            return None
+        layer = (self._policy.layer + 1) % len(self._num_experts)
+        keys = [ExpertKey(layer, expert) for expert in range(self._num_experts[layer])]
+        most = max(1, int(_SHARE_AHEAD * len(keys))) - num_in_line
+        absent = [key for key in keys if key not in self._cache]
+        return AheadPlan(absent, most, self._is_worth) if most > 0 and absent else None
+
+    def _is_worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
+        """Whatever is not of the next layer is needed later."""
+        return victim.layer != key.layer
