@@ -83,9 +83,13 @@ class ParallelGeneration:
             "moe_predicted_bytes",
             "bytes_within_node",
             "bytes_between_nodes",
+            "migration_bytes",
         )
         return {
-            **{name: first[name] for name in ("ranks", "nodes", "dispatch", "chosen", "forwards")},
+            **{
+                name: first[name]
+                for name in ("ranks", "nodes", "dispatch", "chosen", "forwards", "experts_moved")
+            },
             "experts_held": [report["experts_held"] for report in reports],
             "bytes": [report["bytes_to_rank"] for report in reports],
             "messages": [report["messages_to_rank"] for report in reports],

@@ -13,7 +13,9 @@ from torch import distributed
 
 from moe_runtime.errors import ParallelError
 
-CONTROL = -1  # stands for a layer where traffic belongs to none: agreements, results
+# These stand for a layer where traffic belongs to none.
+CONTROL = -1  # agreements, results
+MIGRATION = -2  # experts on their way to another rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +165,7 @@ class Ledger:
         try:
             collective()
         except RuntimeError as error:  # torch has no narrower class for what gloo reports
-            where = "between layers" if layer == CONTROL else f"in MoE layer {layer}"
+            where = "between layers" if layer < 0 else f"in MoE layer {layer}"
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             raise ParallelError(
                 f"rank {self.rank} of {self.num_ranks} lost the others in {name} {where} "
