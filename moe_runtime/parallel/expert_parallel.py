@@ -19,6 +19,7 @@ from moe_runtime.parallel.dispatcher import Dispatcher, Rows
 from moe_runtime.parallel.ledger import CONTROL, MIGRATION
 from moe_runtime.parallel.local import LocalDispatcher
 from moe_runtime.parallel.migrate import Migration, Stored, migrate
+from moe_runtime.parallel.pipeline import run_in_chunks
 from moe_runtime.parallel.plan import ExpertPlan, check_placement
 from moe_runtime.parallel.world import World
 from moe_runtime.placement_map import Placement
@@ -248,11 +249,15 @@ class ExpertParallel:
         self._wanted = None
 
     def _run_layer(self, layer: int, rows: Rows, step: _Step) -> torch.Tensor:
-        here, state = self.dispatcher.dispatch(layer, rows, step.tokens_by_rank)
-        output = (
-            self._layers[layer](here.hidden, here.index, here.weights) if len(here) else here.hidden
+        compute = self._layers[layer]
+        combined = run_in_chunks(
+            self.dispatcher,
+            layer,
+            rows,
+            step.tokens_by_rank,
+            lambda here: compute(here.hidden, here.index, here.weights),
+            degree=1,
         )
-        combined = self.dispatcher.combine(output, state)
         self._next_layer = (layer + 1) % len(self._layers)
         return combined
 

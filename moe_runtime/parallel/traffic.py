@@ -83,6 +83,18 @@ def transformers_all_reduce_bytes(tokens: Array, row: RowBytes) -> Array:
     return _off_rank(np.full((num_ranks, num_ranks), 2 * total / num_ranks))
 
 
+def deepspeed_bytes(counts: Array, row: RowBytes) -> Array:
+    """DeepSpeed 0.19.8, `MOELayer` that drops nothing; `counts [G, E]`: tokens for an expert.
+
+    Every rank sends each expert as many rows as the fullest has from any rank, and gets as many
+    back; before, all ranks agree on that number of 8 bytes, by an all-reduce as above.
+    """
+    num_ranks, num_experts = counts.shape
+    rows = int(counts.max()) * (num_experts // num_ranks)
+    agreed = 2 * _PEER_COUNT_BYTES / num_ranks
+    return _off_rank(np.full((num_ranks, num_ranks), 2.0 * rows * row.hidden + agreed))
+
+
 def _off_rank(num_bytes: Array) -> Array:
     num_bytes = np.array(num_bytes)
     np.fill_diagonal(num_bytes, 0)

@@ -23,6 +23,7 @@ from moe_runtime.parallel.traffic import (
     allreduce_bytes,
     alltoall_bytes,
     auto_bytes,
+    deepspeed_bytes,
     transformers_all_reduce_bytes,
     transformers_all_to_all_bytes,
 )
@@ -33,6 +34,8 @@ Array = np.ndarray[Any, Any]
 WITHOUT_DEDUPLICATION = "alltoall, a row each pair"
 PEER_ALL_TO_ALL = "transformers all_to_all"
 PEER_ALL_REDUCE = "transformers all_reduce"
+PEER_DEEPSPEED = "DeepSpeed-MoE, no drop"
+_PEERS = (PEER_ALL_TO_ALL, PEER_ALL_REDUCE, PEER_DEEPSPEED)
 _DTYPE = torch.bfloat16
 _SEED = 0
 
@@ -118,6 +121,9 @@ def formula_bytes(
             for plan, mine in zip(plans, index, strict=True)
         ]
     )
+    chosen = np.array(
+        [np.bincount(mine.flatten().numpy(), minlength=replay.num_experts) for mine in index]
+    )
     alltoall = float(alltoall_bytes(rows, replay.row).sum())
     allreduce = float(allreduce_bytes(tokens, replay.row).sum())
     agreed = float(auto_bytes(replay.num_ranks).sum())
@@ -131,6 +137,7 @@ def formula_bytes(
             transformers_all_to_all_bytes(pairs, replay.row, replay.num_experts).sum()
         ),
         PEER_ALL_REDUCE: float(transformers_all_reduce_bytes(tokens, replay.row).sum()),
+        PEER_DEEPSPEED: float(deepspeed_bytes(chosen, replay.row).sum()),
     }
 
 
@@ -180,7 +187,7 @@ def measure_traffic(
             expected, _ = _sums(replay, plans, replay.batches(size, limit))
             for name, total in sums.items():
                 counted = None
-                if name not in (PEER_ALL_TO_ALL, PEER_ALL_REDUCE):
+                if name not in _PEERS:
                     counted = _count(ledger, plans[ledger.rank], replay, name, size, limit)
                 found.append(
                     TrafficRow(
