@@ -46,6 +46,9 @@ def parallel(
     sent_tokens: Annotated[
         int, typer.Option(min=1, help="About so many of them are sent between the ranks as well.")
     ] = 64,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Count equal parts as if ranks stood on so many nodes.")
+    ] = 1,
     hold_out: HoldOut = 0.2,
     timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
@@ -74,7 +77,13 @@ def parallel(
     is_together = False
     try:
         shape = {"num_experts": loaded.num_experts, "num_layers": loaded.num_layers}
-        linear = linear_placement(model=loaded.model, num_ranks=world.num_ranks, **shape)
+        if world.num_ranks % nodes:
+            raise typer.BadParameter(
+                f"--nodes {nodes} does not divide {world.num_ranks} ranks; nodes are equally large"
+            )
+        linear = linear_placement(
+            model=loaded.model, num_ranks=world.num_ranks, num_nodes=nodes, **shape
+        )
         for found in given.values():
             check_placement(found, num_ranks=world.num_ranks, **shape)
         replay = Replay(
@@ -120,7 +129,8 @@ def _show(
     table = Table(title=title, title_justify="left")
     for name in ("tokens a rank", "placement", "dispatcher"):
         table.add_column(name)
-    for name in ("bytes a token and layer", "ratio", "counted", "by formula"):
+    between = ("between nodes",) if any(row.bytes_between_nodes for row in rows) else ()
+    for name in ("bytes a token and layer", *between, "ratio", "counted", "by formula"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -128,6 +138,7 @@ def _show(
             row.placement,
             row.dispatcher,
             f"{row.bytes_per_token_layer:.0f}",
+            *(f"{row.bytes_between_nodes:.0f}" for _ in between),
             f"{row.ratio:.3f}",
             "" if row.counted_bytes is None else f"{row.counted_bytes}",
             "" if row.counted_formula_bytes is None else f"{row.counted_formula_bytes}",

@@ -28,6 +28,8 @@ from moe_runtime.cli.options import (
     Miss,
     MissOption,
     Model,
+    Payload,
+    PayloadOption,
     Policy,
     PolicyOption,
     PredictorOption,
@@ -153,6 +155,7 @@ def generate(
         ),
     ] = None,
     dispatch: DispatchOption = None,
+    payload: PayloadOption = Payload.EXACT,
     timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
 ) -> None:
@@ -197,6 +200,7 @@ def generate(
         check=check,
         placement=None if placement is None else str(placement),
         dispatch=dispatch,
+        payload=payload,
         timeout_seconds=timeout_seconds,
     )
     if request.is_parallel:

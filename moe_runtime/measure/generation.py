@@ -55,6 +55,7 @@ class GenerationRequest:
     check: bool = False
     placement: str | None = None
     dispatch: str | None = None
+    payload: str = "exact"
     timeout_seconds: float | None = None
 
     @property
@@ -230,6 +231,7 @@ def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTr
         device_map=request.device,
         placement=request.placement,
         dispatch=request.dispatch,
+        payload=request.payload,
         timeout_seconds=request.timeout_seconds,
         trust_remote_code=request.trust_remote_code,
         dtype=request.dtype,

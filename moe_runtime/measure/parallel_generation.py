@@ -24,6 +24,8 @@ from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import check_agreement
 
+_SAME_ON_ALL = ("ranks", "nodes", "dispatch", "payload", "chosen", "forwards", "experts_moved")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelGeneration:
@@ -86,10 +88,7 @@ class ParallelGeneration:
             "migration_bytes",
         )
         return {
-            **{
-                name: first[name]
-                for name in ("ranks", "nodes", "dispatch", "chosen", "forwards", "experts_moved")
-            },
+            **{name: first[name] for name in _SAME_ON_ALL},
             "experts_held": [report["experts_held"] for report in reports],
             "bytes": [report["bytes_to_rank"] for report in reports],
             "messages": [report["messages_to_rank"] for report in reports],

@@ -16,15 +16,17 @@ from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher
 from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
+from moe_runtime.parallel.hierarchical import HierarchicalDispatcher
 from moe_runtime.parallel.ledger import CONTROL, MIGRATION
 from moe_runtime.parallel.local import LocalDispatcher
 from moe_runtime.parallel.migrate import Migration, Stored, migrate
+from moe_runtime.parallel.payload import ExactPayload, Payload, make_payload
 from moe_runtime.parallel.pipeline import run_in_chunks
 from moe_runtime.parallel.plan import ExpertPlan, check_placement
 from moe_runtime.parallel.world import World
 from moe_runtime.placement_map import Placement
 
-DISPATCHES = ("auto", "alltoall", "allreduce")
+DISPATCHES = ("auto", "alltoall", "allreduce", "hierarchical")
 _STOP, _MIGRATE = 1, 2  # wishes of a rank, as bits
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,12 +55,15 @@ class ExpertParallel:
     once a forward. Not for several threads.
     """
 
-    def __init__(self, world: World, plan: ExpertPlan, dispatch: str) -> None:
+    def __init__(
+        self, world: World, plan: ExpertPlan, dispatch: str, *, payload: str = ExactPayload.name
+    ) -> None:
         self.world = world
         self.plan = plan
         world.ledger.num_nodes = plan.num_nodes
         self._dispatch = dispatch
-        self.dispatcher = make_dispatcher(dispatch, world, plan)
+        self._payload = make_payload(payload)
+        self.dispatcher = make_dispatcher(dispatch, world, plan, self._payload)
         self._layers: list[ComputeExperts] = []
         self._step: _Step | None = None
         self._next_layer = 0
@@ -168,6 +173,7 @@ class ExpertParallel:
             "ranks": ledger.num_ranks,
             "nodes": ledger.num_nodes,
             "dispatch": self.dispatcher.name,
+            "payload": self._payload.name,
             "chosen": chosen,
             "experts_held": self.plan.num_held,
             "forwards": self._num_steps,
@@ -242,7 +248,7 @@ class ExpertParallel:
         before = self.dispatcher
         self.plan = ExpertPlan.of(migration.after, self.world.rank)
         self.world.ledger.num_nodes = self.plan.num_nodes
-        self.dispatcher = make_dispatcher(self._dispatch, self.world, self.plan)
+        self.dispatcher = make_dispatcher(self._dispatch, self.world, self.plan, self._payload)
         if isinstance(self.dispatcher, AutoDispatcher) and isinstance(before, AutoDispatcher):
             self.dispatcher.chosen = before.chosen
         self._num_moves += len(migration.moves)
@@ -262,17 +268,28 @@ class ExpertParallel:
         return combined
 
 
-def make_dispatcher(name: str, world: World, plan: ExpertPlan) -> Dispatcher[Any]:
+def make_dispatcher(name: str, world: World, plan: ExpertPlan, payload: Payload) -> Dispatcher[Any]:
     """The dispatcher of that name; that of one process where there is one."""
-    if name not in DISPATCHES:
-        raise ValueError(f"dispatch {name!r} is unknown; choose from {', '.join(DISPATCHES)}")
+    check_dispatch(name, payload.name)
     if world.num_ranks == 1:
         return LocalDispatcher()
-    if name == AutoDispatcher.name:
-        return AutoDispatcher(plan, world.ledger)
     if name == AllReduceDispatcher.name:
         return AllReduceDispatcher(plan, world.ledger)
-    return AllToAllDispatcher(plan, world.ledger)
+    kinds = (AutoDispatcher, HierarchicalDispatcher, AllToAllDispatcher)
+    kind = next(kind for kind in kinds if kind.name == name)
+    return kind(plan, world.ledger, payload)
+
+
+def check_dispatch(dispatch: str, payload: str) -> None:
+    """Raise ValueError for a name that is unknown, or a pair that makes no sense."""
+    if dispatch not in DISPATCHES:
+        raise ValueError(f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}")
+    make_payload(payload)
+    if dispatch == AllReduceDispatcher.name and payload != ExactPayload.name:
+        raise ValueError(
+            f"payload {payload!r} rounds rows, and dispatch 'allreduce' adds sums up on their way; "
+            "leave payload out, or choose alltoall, hierarchical or auto"
+        )
 
 
 def _shape_code(rows: Rows) -> tuple[int, int, int, int, int]:

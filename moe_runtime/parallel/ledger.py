@@ -71,12 +71,21 @@ class Ledger:
         )
         return received
 
-    def exchange_counts(self, layer: int, counts: Sequence[int]) -> list[int]:
-        """`counts[d]` goes to rank d; returns what every rank counted for this one."""
-        ones = [1] * self.num_ranks
-        sent = torch.tensor(counts, dtype=torch.int32, device=self.device)
-        received: list[int] = self.all_to_all(layer, sent, ones, ones).tolist()  # sync: host splits
-        return received
+    def exchange_counts(
+        self, layer: int, counts: Sequence[int], partners: Sequence[int] | None = None
+    ) -> list[int]:
+        """`counts[d]` goes to rank d; returns what every rank counted for this one.
+
+        With `partners` only these ranks exchange, which all have this one among theirs; the others
+        counted 0.
+        """
+        if partners is None:
+            partners = range(self.num_ranks)
+        ones = [int(g in partners) for g in range(self.num_ranks)]
+        told = [counts[g] for g in range(self.num_ranks) if ones[g]]
+        sent = torch.tensor(told, dtype=torch.int32, device=self.device)
+        came = iter(self.all_to_all(layer, sent, ones, ones).tolist())  # sync: host splits
+        return [next(came) if one else 0 for one in ones]
 
     def all_gather(self, layer: int, part: torch.Tensor) -> torch.Tensor:
         """`part [R, ...]` of every rank, equally large on all: `[G, R, ...]`."""

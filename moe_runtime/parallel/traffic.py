@@ -25,9 +25,8 @@ class RowBytes:
     routed: int
 
     @classmethod
-    def of(cls, hidden: torch.Tensor, weights: torch.Tensor) -> "RowBytes":
-        """Of rows `[n, D]` and weights `[n, K]`."""
-        hidden_bytes = hidden.shape[1] * hidden.element_size()
+    def of(cls, hidden_bytes: int, weights: torch.Tensor) -> "RowBytes":
+        """Of rows that take so many bytes, and weights `[n, K]`."""
         return cls(
             hidden=hidden_bytes,
             routed=hidden_bytes + weights.shape[1] * (weights.element_size() + INDEX_BYTES),
@@ -54,6 +53,18 @@ def allreduce_bytes(tokens: Array, row: RowBytes) -> Array:
     """Every rank's tokens, filled up to the most, to every rank, and their partial sums back."""
     num_ranks = len(tokens)
     return _off_rank(np.full((num_ranks, num_ranks), int(tokens.max()) * (row.routed + row.hidden)))
+
+
+def hierarchical_bytes(between: Array, within: Array, row: RowBytes, num_nodes: int) -> Array:
+    """`alltoall` among ranks of one number in their nodes, and then among those of each node.
+
+    `between[r, d]` and `within[r, d]` count the rows that rank r sends to d in either.
+    """
+    num_ranks = len(between)
+    node, place = np.divmod(np.arange(num_ranks), num_ranks // num_nodes)
+    counts = (place[:, None] == place).astype(int) + (node[:, None] == node)
+    rows = between + within
+    return _off_rank(rows * row.routed + rows.T * row.hidden + COUNT_BYTES * counts)
 
 
 def shared_slices_bytes(rows: Array, slices: Array, row: RowBytes) -> Array:

@@ -42,6 +42,7 @@ def generate_on_ranks(
     dispatch: str,
     placement: Placement | None,
     expert_memory: str,
+    payload: str = "exact",
 ) -> dict[str, Any]:
     """Tokens of this rank's prompts, its report, and keys that it should never have read."""
     model = moe_runtime.load(
@@ -50,6 +51,7 @@ def generate_on_ranks(
         dispatch=dispatch,
         placement=placement,
         expert_memory=expert_memory,
+        payload=payload,
         dtype=torch.float32,
     )
     handle = moe_runtime.handle(model)

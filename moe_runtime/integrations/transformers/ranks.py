@@ -15,7 +15,8 @@ from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import Survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
-from moe_runtime.parallel.expert_parallel import DISPATCHES, ExpertParallel
+from moe_runtime.parallel.expert_parallel import ExpertParallel, check_dispatch
+from moe_runtime.parallel.payload import ExactPayload
 from moe_runtime.parallel.plan import ExpertPlan, check_placement, linear_placement
 from moe_runtime.parallel.world import World, check_agreement, started_ranks
 from moe_runtime.placement_map import Placement
@@ -29,6 +30,7 @@ class Ranks:
     world: World
     placement: Placement | None
     dispatch: str
+    payload: str
 
     @classmethod
     def join(
@@ -37,6 +39,7 @@ class Ranks:
         mesh: Any,
         placement: str | Path | Placement | None,
         dispatch: str | None,
+        payload: str,
         timeout_seconds: float | None,
         device: torch.device,
         exact: bool,
@@ -49,11 +52,13 @@ class Ranks:
                     "timeout_seconds has no effect on one process; give mesh=, placement= or "
                     "dispatch= too"
                 )
+            if payload != ExactPayload.name:
+                raise ParallelError(
+                    f"payload={payload!r} has no effect on one process; give mesh=, placement= or "
+                    "dispatch= too"
+                )
             return None
-        if dispatch is not None and dispatch not in DISPATCHES:
-            raise ValueError(
-                f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}"
-            )
+        check_dispatch(dispatch or "auto", payload)
         if exact:
             raise ParallelError(
                 "exact=True promises the bits of one process, and ranks add up partial sums in "
@@ -76,7 +81,7 @@ class Ranks:
                 num_ranks=num_ranks,
             )
         world = World.join(mesh, device=device, timeout_seconds=timeout_seconds)
-        return cls(world=world, placement=placement, dispatch=dispatch or "auto")
+        return cls(world=world, placement=placement, dispatch=dispatch or "auto", payload=payload)
 
     def share(
         self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
@@ -87,7 +92,8 @@ class Ranks:
         """
         try:
             check_agreement(self.world.ledger, self._facts(found, checkpoint, settings))
-            return ExpertParallel(self.world, self._plan(found.sites), self.dispatch)
+            plan = self._plan(found.sites)
+            return ExpertParallel(self.world, plan, self.dispatch, payload=self.payload)
         except BaseException:
             self.world.close(orderly=False)
             raise
@@ -129,6 +135,7 @@ class Ranks:
             "dtype": next(iter(found.dtypes.values())),
             "placement": _digest(slots + str(nodes).encode()),
             "dispatch": self.dispatch,
+            "payload": self.payload,
         }
         return {name: str(value) for name, value in (facts | dict(settings)).items()}
 
