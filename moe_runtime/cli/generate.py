@@ -30,6 +30,7 @@ from moe_runtime.cli.options import (
     Model,
     Payload,
     PayloadOption,
+    PipelineOption,
     Policy,
     PolicyOption,
     PredictorOption,
@@ -156,6 +157,7 @@ def generate(
     ] = None,
     dispatch: DispatchOption = None,
     payload: PayloadOption = Payload.EXACT,
+    pipeline: PipelineOption = "1",
     timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
 ) -> None:
@@ -201,6 +203,7 @@ def generate(
         placement=None if placement is None else str(placement),
         dispatch=dispatch,
         payload=payload,
+        pipeline=int(pipeline) if pipeline.isdigit() else pipeline,
         timeout_seconds=timeout_seconds,
     )
     if request.is_parallel:

@@ -71,7 +71,11 @@ def _figures(generation: ParallelGeneration) -> Table:
     table.add_row("ranks", f"{traffic['ranks']} on {traffic['nodes']} node(s)")
     chosen = traffic["chosen"]
     said = "" if chosen is None else "".join(f", {n} {name}" for name, n in chosen.items())
+    if traffic["payload"] != "exact":
+        said += f", rounded to {traffic['payload']}"
     table.add_row("dispatch", f"{traffic['dispatch']}{said}")
+    chunks = ", ".join(f"{n} in {r}" for r, n in traffic["forwards_by_chunks"].items())
+    table.add_row("forwards by chunks", chunks)
     for rank, one in enumerate(generation.by_rank):
         cache, memory = one["report"]["cache"], one["report"]["memory"]
         hits = cache["hit_rate"]

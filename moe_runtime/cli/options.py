@@ -202,6 +202,15 @@ PayloadOption = Annotated[
         rich_help_panel=RANKS_PANEL,
     ),
 ]
+PipelineOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N|FILE",
+        help="Run a layer's tokens in so many chunks, messages beside computing; or in what a file "
+        "of `probe --collectives` says is best for each forward.",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
 TimeoutSeconds = Annotated[
     float | None,
     typer.Option(

@@ -56,6 +56,7 @@ class GenerationRequest:
     placement: str | None = None
     dispatch: str | None = None
     payload: str = "exact"
+    pipeline: int | str = 1
     timeout_seconds: float | None = None
 
     @property
@@ -232,6 +233,7 @@ def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTr
         placement=request.placement,
         dispatch=request.dispatch,
         payload=request.payload,
+        pipeline=request.pipeline,
         timeout_seconds=request.timeout_seconds,
         trust_remote_code=request.trust_remote_code,
         dtype=request.dtype,

@@ -24,7 +24,10 @@ from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import check_agreement
 
-_SAME_ON_ALL = ("ranks", "nodes", "dispatch", "payload", "chosen", "forwards", "experts_moved")
+_SAME_ON_ALL = (
+    "ranks", "nodes", "dispatch", "payload", "chosen", "forwards", "forwards_by_chunks",
+    "experts_moved",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

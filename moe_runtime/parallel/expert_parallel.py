@@ -4,6 +4,7 @@ G ranks, T tokens of this rank, K top-k, D model dim.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from moe_runtime.errors import ParallelError
 from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher
 from moe_runtime.parallel.auto import AutoDispatcher
+from moe_runtime.parallel.degree import Degree, FixedDegree
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
 from moe_runtime.parallel.hierarchical import HierarchicalDispatcher
 from moe_runtime.parallel.ledger import CONTROL, MIGRATION
@@ -28,6 +30,7 @@ from moe_runtime.placement_map import Placement
 
 DISPATCHES = ("auto", "alltoall", "allreduce", "hierarchical")
 _STOP, _MIGRATE = 1, 2  # wishes of a rank, as bits
+_ONE_CHUNK = FixedDegree(1)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # `[T, D]`, `[T, K]`, `[T, K]` -> weighted sum of the experts that are here, `[T, D]`.
@@ -40,6 +43,7 @@ class _Step:
 
     tokens_by_rank: list[int]
     is_stop_asked: bool
+    degree: int  # chunks of each layer
     empty: Rows  # no rows, in the sizes and dtypes of this forward
 
     @property
@@ -56,13 +60,21 @@ class ExpertParallel:
     """
 
     def __init__(
-        self, world: World, plan: ExpertPlan, dispatch: str, *, payload: str = ExactPayload.name
+        self,
+        world: World,
+        plan: ExpertPlan,
+        dispatch: str,
+        *,
+        payload: str = ExactPayload.name,
+        degree: Degree = _ONE_CHUNK,
     ) -> None:
         self.world = world
         self.plan = plan
         world.ledger.num_nodes = plan.num_nodes
         self._dispatch = dispatch
         self._payload = make_payload(payload)
+        self._degree = degree
+        self._num_steps_by_degree: Counter[int] = Counter()
         self.dispatcher = make_dispatcher(dispatch, world, plan, self._payload)
         self._layers: list[ComputeExperts] = []
         self._step: _Step | None = None
@@ -177,6 +189,9 @@ class ExpertParallel:
             "chosen": chosen,
             "experts_held": self.plan.num_held,
             "forwards": self._num_steps,
+            "forwards_by_chunks": {
+                str(degree): count for degree, count in self._num_steps_by_degree.items() if count
+            },
             "experts_moved": self._num_moves,  # by all ranks
             "migration_bytes": 0 if moved is None else sum(moved.num_bytes),
             "bytes_to_rank": to_rank,
@@ -226,8 +241,12 @@ class ExpertParallel:
         if any(line[1] & _MIGRATE for line in heard):
             self._migrate()
         is_stop_asked = any(line[1] & _STOP for line in heard)
-        step = _Step(tokens, is_stop_asked, _empty_rows(shape, ledger.device))
+        empty = _empty_rows(shape, ledger.device)
+        row = empty.row_bytes(self._payload)
+        degree = self._degree.chunks(tokens, row, empty.index.shape[1]) if any(tokens) else 1
+        step = _Step(tokens, is_stop_asked, degree, empty)
         self._step = step
+        self._num_steps_by_degree[degree] += not step.is_idle
         self._num_steps += not step.is_idle
         return step
 
@@ -262,7 +281,7 @@ class ExpertParallel:
             rows,
             step.tokens_by_rank,
             lambda here: compute(here.hidden, here.index, here.weights),
-            degree=1,
+            degree=step.degree,
         )
         self._next_layer = (layer + 1) % len(self._layers)
         return combined

@@ -43,6 +43,7 @@ def generate_on_ranks(
     placement: Placement | None,
     expert_memory: str,
     payload: str = "exact",
+    pipeline: Any = 1,
 ) -> dict[str, Any]:
     """Tokens of this rank's prompts, its report, and keys that it should never have read."""
     model = moe_runtime.load(
@@ -52,6 +53,7 @@ def generate_on_ranks(
         placement=placement,
         expert_memory=expert_memory,
         payload=payload,
+        pipeline=pipeline,
         dtype=torch.float32,
     )
     handle = moe_runtime.handle(model)

@@ -69,6 +69,7 @@ def load(
     placement: str | Path | Placement | None = None,
     dispatch: str | None = None,
     payload: str = "exact",
+    pipeline: int | str | Path = 1,
     timeout_seconds: float | None = None,
     revision: str | None = None,
     subfolder: str = "",
@@ -114,7 +115,9 @@ def load(
     own, and `expert_memory` is for these. Ranks generate from prompts of their own, in step;
     `handle(model).parallel.finish()` follows each rank's last, and
     `handle(model).parallel.ask_to_migrate(placement)` moves experts meanwhile. `payload` 'bfloat16'
-    or 'int8' rounds hidden states in messages: a lossy choice, never made for you.
+    or 'int8' rounds hidden states in messages: a lossy choice, never made for you. `pipeline`
+    chunks of a layer's tokens let messages and computing overlap: a number, or a file of
+    `moe-runtime probe --collectives`, by which each forward has the best.
     `timeout_seconds` is how long a rank waits for another, where the process group is made here.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
@@ -156,6 +159,7 @@ def load(
         placement=placement,
         dispatch=dispatch,
         payload=payload,
+        pipeline=pipeline,
         timeout_seconds=timeout_seconds,
         device=device,
         exact=exact,
