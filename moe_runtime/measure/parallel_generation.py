@@ -20,6 +20,7 @@ from moe_runtime.measure.completion import complete
 from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.generation import GenerationRequest, Listener, load_requested
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
+from moe_runtime.measure.process_reads import read_from_disk_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import check_agreement
@@ -145,6 +146,7 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
                 "resident": {
                     "rss_after_imports_bytes": after_imports,
                     "peak_rss_bytes": peak_resident_bytes(),
+                    "read_from_disk_bytes": read_from_disk_bytes(),
                 },
             }
             texts = parallel.world.ledger.gather_texts(json.dumps(mine))
