@@ -25,11 +25,17 @@ class AlphaBeta:
 
     @classmethod
     def fit(cls, sizes: Sequence[float], seconds: Sequence[float]) -> "AlphaBeta":
-        """By least squares, neither below zero."""
+        """By least squares of relative errors, neither below zero.
+
+        Relative, as sizes go over decades: of plain errors the largest would decide alone, and the
+        start, which rules small messages, would be whatever is left.
+        """
         assert len(sizes) == len(seconds) > 1, (len(sizes), len(seconds))
         n, t = np.asarray(sizes, float), np.asarray(seconds, float)
         scale = n.max()  # so that both columns are of one size
-        (alpha, slope), _ = nnls(np.column_stack([np.ones_like(n), n / scale]), t)
+        weight = 1 / np.maximum(t, np.finfo(float).tiny ** 0.5)
+        columns = np.column_stack([np.ones_like(n), n / scale])
+        (alpha, slope), _ = nnls(columns * weight[:, None], t * weight)
         residual = float(((alpha + slope * n / scale - t) ** 2).sum())
         variance = float(((t - t.mean()) ** 2).sum())
         r_squared = 1 - residual / variance if variance else 1.0

@@ -110,8 +110,16 @@ def test_a_fit_finds_the_line_that_made_the_samples(alpha: float, beta: float) -
     assert found.r_squared > 1 - 1e-9
 
 
+def test_small_sizes_count_as_much_as_large_ones() -> None:
+    """Law: one large sample that is 10 % off moves the start by no more than 10 %."""
+    sizes = [2.0**power for power in range(10, 25)]
+    seconds = [1e-4 + 1e-9 * n for n in sizes]
+    seconds[-1] *= 1.1
+    assert math.isclose(AlphaBeta.fit(sizes, seconds).alpha_seconds, 1e-4, rel_tol=0.1)
+
+
 def test_a_fit_is_never_below_zero() -> None:
     """Law: samples that would make the start negative give a start of zero."""
-    found = AlphaBeta.fit([1, 2, 3], [0.0, 1.0, 2.0])
+    found = AlphaBeta.fit([1, 2, 3], [0.01, 1.0, 2.0])
     assert found.alpha_seconds == 0
     assert 0 < found.beta_seconds < 1
