@@ -109,7 +109,7 @@ def routing_of(topk: Array, *, top_k: int | None, source: str) -> Array:
 def formula_bytes(
     replay: Replay, plans: list[ExpertPlan], batch: Array, layer: int
 ) -> dict[str, Array]:
-    """Bytes of one layer by dispatcher, `[G, G]`."""
+    """Bytes of one layer by dispatcher, `[G, G]`; of peers where ranks divide the experts."""
     index = torch.from_numpy(batch[:, :, layer].astype(np.int64))
     tokens = np.full(replay.num_ranks, batch.shape[1])
     rows = np.array(
@@ -143,6 +143,8 @@ def formula_bytes(
         found[HierarchicalDispatcher.name] = hierarchical_bytes(
             between, within, replay.row, plans[0].num_nodes
         )
+    if replay.num_experts % replay.num_ranks:  # peers refuse that
+        return found
     return found | {
         PEER_ALL_TO_ALL: transformers_all_to_all_bytes(pairs, replay.row, replay.num_experts),
         PEER_ALL_REDUCE: transformers_all_reduce_bytes(tokens, replay.row),
