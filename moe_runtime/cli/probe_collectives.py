@@ -17,13 +17,9 @@ def probe_collectives_and_show(terminal: Terminal, output: Path | None) -> None:
     """Measure with the other ranks; rank 0 writes `output` and the fits."""
     is_first = os.environ.get("RANK", "0") == "0"
     with terminal.waiting("starting") as status:
-        import torch
+        from moe_runtime.measure.probe.collectives import join_ranks, probe_collectives
 
-        from moe_runtime.measure.probe.collectives import probe_collectives
-        from moe_runtime.parallel.world import World, own_device
-
-        device = own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        world = World.join(device=device)
+        world = join_ranks()
         is_together = False
         try:
             found = probe_collectives(

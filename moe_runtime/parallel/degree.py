@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from moe_runtime.parallel.allreduce import AllReduceDispatcher
+from moe_runtime.parallel.hierarchical import HierarchicalDispatcher
 from moe_runtime.parallel.traffic import RowBytes
 from moe_runtime.perf.interconnect import Interconnect
 from moe_runtime.perf.pipeline_degree import PipelineCost, Stage
 
 MOST_CHUNKS = 16
 _NONE = Stage(start_seconds=0.0, work_seconds=0.0)
-_ALL_TO_ALLS = 3  # of a layer: counts, rows and what comes back
+_ALL_TO_ALLS = 3  # of a layer: counts, rows and what comes back; nodes first, twice
 _FLOPS_PER_WEIGHT = 2  # a multiplication and an addition for each row
 
 
@@ -72,10 +73,11 @@ class FittedDegree:
                 work_seconds=sent * row.routed * gather.beta_seconds
                 + sent * row.hidden * scatter.beta_seconds,
             )
+        num_exchanges = _ALL_TO_ALLS * (1 + (self.dispatch == HierarchicalDispatcher.name))
         visited = 1 - (1 - 1 / self.num_ranks) ** top_k
         sent_bytes = tokens * others * visited * (row.routed + row.hidden)
         return Stage(
-            start_seconds=_ALL_TO_ALLS * model.all_to_all.alpha_seconds,
+            start_seconds=num_exchanges * model.all_to_all.alpha_seconds,
             work_seconds=sent_bytes * model.all_to_all.beta_seconds,
         )
 

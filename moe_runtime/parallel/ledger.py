@@ -140,6 +140,11 @@ class Ledger:
         made._waits = self._waits
         return made
 
+    @property
+    def backend(self) -> str:
+        """Which library moves the bytes."""
+        return str(distributed.get_backend(self._group))
+
     def sent(self) -> dict[int, Sent]:
         """By layer, what this rank has sent; CONTROL is among the layers."""
         return {

@@ -9,6 +9,7 @@ import torch
 
 _INT8_MOST = 127
 _SCALE_BYTES = 4
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 class Payload(Protocol):
@@ -71,9 +72,9 @@ class Int8Payload:
 
     def encode(self, rows_nD: torch.Tensor) -> torch.Tensor:
         wide_nD = rows_nD.float()
-        # Without numbers there is no largest one; no row, or no column, is sent either way.
-        scale_n1 = wide_nD.abs().amax(1, keepdim=True) / _INT8_MOST
-        whole_nD = (wide_nD / scale_n1.clamp(min=torch.finfo(torch.float32).tiny)).round()
+        # Never zero, which would make NaN of a row of zeros.
+        scale_n1 = (wide_nD.abs().amax(1, keepdim=True) / _INT8_MOST).clamp(min=_SMALLEST)
+        whole_nD = (wide_nD / scale_n1).round()
         bytes_nD = whole_nD.nan_to_num(0).clamp(-_INT8_MOST, _INT8_MOST).to(torch.int8)
         scale_n1 = scale_n1.masked_fill(~scale_n1.isfinite(), torch.nan)
         return torch.cat([scale_n1.view(torch.uint8), bytes_nD.view(torch.uint8)], dim=1)

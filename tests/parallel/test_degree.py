@@ -80,6 +80,7 @@ def test_costs_by_hand() -> None:
     assert cost.transfer.work_seconds == pytest.approx(750 * 8216 / 25e9)
     assert cost.experts.start_seconds == pytest.approx(8 * 3 * 1e-6)
     assert cost.experts.work_seconds == pytest.approx(1000 * 6e6 / 100e12)
+    assert fitted("hierarchical").cost(1000, ROW, 1).transfer.start_seconds == pytest.approx(120e-6)
     reduced = fitted("allreduce").cost(1000, ROW, 1).transfer
     assert reduced.start_seconds == pytest.approx(20e-6)
     assert reduced.work_seconds == pytest.approx(3000 * 8216 / 50e9)

@@ -7,10 +7,9 @@ from datetime import date
 from statistics import median
 
 import torch
-from torch import distributed
 
 from moe_runtime.parallel.ledger import CONTROL, Ledger
-from moe_runtime.parallel.world import World
+from moe_runtime.parallel.world import World, own_device
 from moe_runtime.perf.alpha_beta import AlphaBeta
 from moe_runtime.perf.interconnect import Interconnect
 
@@ -28,6 +27,12 @@ class CollectiveSizes:
 
 
 _USUAL = CollectiveSizes()
+
+
+def join_ranks() -> World:
+    """All that torchrun has started, each on its GPU, or on the CPU where there is none."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return World.join(device=own_device(torch.device(kind)))
 
 
 def probe_collectives(
@@ -60,7 +65,7 @@ def probe_collectives(
         measured_on=date.today(),
         ranks=ledger.num_ranks,
         nodes=ledger.num_nodes,
-        backend=str(distributed.get_backend()),
+        backend=ledger.backend,
         device=ledger.device.type,
         dtype=str(dtype).removeprefix("torch."),
         weight_shape=sizes.weight_shape,
