@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_runtime.errors import MoERuntimeError as MoERuntimeError
+    from moe_runtime.integrations.deepspeed import from_deepspeed as from_deepspeed
     from moe_runtime.integrations.transformers.generate_batches import (
         generate_batches as generate_batches,
     )
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _OWNERS = {
     "Handle": "moe_runtime.integrations.transformers.handle",
     "MoERuntimeError": "moe_runtime.errors",
+    "from_deepspeed": "moe_runtime.integrations.deepspeed",
     "generate_batches": "moe_runtime.integrations.transformers.generate_batches",
     "handle": "moe_runtime.integrations.transformers.handle",
     "load": "moe_runtime.measure.planned_load",
@@ -33,6 +35,7 @@ __all__ = [
     "Handle",
     "MoERuntimeError",
     "__version__",
+    "from_deepspeed",
     "generate_batches",
     "handle",
     "load",

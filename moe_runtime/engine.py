@@ -196,6 +196,39 @@ class ExpertEngine:
             self._is_planning = True  # slots and books disagree: the next layer starts anew
             return keys
 
+    def blob_bytes(self, key: ExpertKey) -> int:
+        """Of `key` as a slot holds it."""
+        return self.blobs.layout(key).stored_bytes
+
+    def resident_blob(self, key: ExpertKey) -> torch.Tensor | None:
+        """The bytes of `key` (uint8), or None if they are in no slot; valid until a layer runs."""
+        with self._turn:
+            if self._is_closed or self._is_open or self._is_planning or key not in self.cache:
+                return None
+            load = self._loads.get(key)
+            if load is not None:
+                load.settle()  # sync: the reads of one expert
+                if not load.has_arrived:
+                    return None
+            blob = self.slots.blob(self.cache.slot(key))
+            return torch.from_numpy(blob)[: self.blob_bytes(key)]
+
+    def accept(self, key: ExpertKey, blob: torch.Tensor) -> None:
+        """Put the bytes of the absent `key` into a slot, if one is free."""
+        with self._turn:
+            read = self.cache.prefetch(key, frozenset(), lambda key, victim: False)
+            if read is not None:
+                target = self.slots.blob(read[0])
+                torch.from_numpy(target)[: len(blob)].copy_(blob)
+                self.slots.commit(read[0], target)
+
+    def forget(self, key: ExpertKey) -> None:
+        """Free the slot of `key`, if it has one."""
+        with self._turn:
+            if key in self.cache:
+                self._leave_slot(key)
+                self.cache.discard(key)
+
     def start_clock(self) -> None:
         """What passed since the last layer was no time in which a forward ran."""
         self._idle_since = time.perf_counter()

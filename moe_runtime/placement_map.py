@@ -132,14 +132,18 @@ class Placement:
             raise PlacementError(f"{source}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write a placement.json, a layer a line, under its name only once it is whole."""
+        """Write a placement.json under its name only once it is whole."""
+        write_whole(Path(path), self.to_json())
+
+    def to_json(self) -> str:
+        """What a placement.json holds, a layer a line."""
         rows = ",\n".join(f"    {row.tolist()}" for row in self.slots)
         facts = {name: getattr(self, name) for name in _KEYS if name != "version"}
         facts = {"version": VERSION, **facts, "layer_ids": list(self.layer_ids)}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
         made = json.dumps(dict(self.made), indent=2).replace("\n", "\n  ")
         lines += [f'  "slots": [\n{rows}\n  ]', f'  "made": {made}']
-        write_whole(Path(path), "{\n" + ",\n".join(lines) + "\n}\n")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
 
     def _check(self, slots: Array) -> None:
         for name in ("num_experts", "gpus", "nodes"):

@@ -14,12 +14,16 @@ from moe_runtime.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from moe_runtime.measure.bench.rank_traffic import TrafficRow
+    from moe_runtime.measure.bench.simulated_times import SimulatedTime
 
+SIMULATION_PANEL = "Simulation"
 EPILOG = """Examples:
 
 torchrun --nproc-per-node 4 -m moe_runtime bench parallel T.npz --model-dim 2880
 
 torchrun --nproc-per-node 4 -m moe_runtime bench parallel T.npz --placement p.json --top-k 2 --json
+
+torchrun --nproc-per-node 4 -m moe_runtime bench parallel T.npz --interconnect interconnect.yaml
 """
 
 
@@ -46,6 +50,23 @@ def parallel(
     sent_tokens: Annotated[
         int, typer.Option(min=1, help="About so many of them are sent between the ranks as well.")
     ] = 64,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Count equal parts as if ranks stood on so many nodes.")
+    ] = 1,
+    interconnect: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Simulate times on more GPUs too, from a file of probe --collectives.",
+            rich_help_panel=SIMULATION_PANEL,
+        ),
+    ] = None,
+    gpus: Annotated[
+        str, typer.Option(metavar="LIST", help="How many.", rich_help_panel=SIMULATION_PANEL)
+    ] = "8,64,512",
+    gpu_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of each.", rich_help_panel=SIMULATION_PANEL)
+    ] = 32,
     hold_out: HoldOut = 0.2,
     timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
@@ -53,15 +74,17 @@ def parallel(
     """Replay routing on all ranks and count what leaves each, beside what formulas say.
 
     Of the trace only the part is used that `placement solve` with the same --hold-out never saw.
-    Bytes, not seconds: processes of one machine say nothing about a network's time.
+    Bytes, not seconds: processes of one machine say nothing about a network's time. With
+    --interconnect times are simulated, from formulas and the file alone.
     """
-    sizes = _sizes(tokens)
+    sizes, simulated_gpus = _sizes("--tokens", tokens), _sizes("--gpus", gpus)
     terminal = Terminal(as_json=as_json)
     is_first = os.environ.get("RANK", "0") == "0"
     with terminal.waiting("starting"):
         from moe_runtime.measure.bench.rank_traffic import Replay, measure_traffic, routing_of
         from moe_runtime.parallel.plan import check_placement, linear_placement
         from moe_runtime.parallel.world import World
+        from moe_runtime.perf.interconnect import Interconnect
         from moe_runtime.placement_map import Placement
         from moe_runtime.trace import Trace
 
@@ -69,12 +92,19 @@ def parallel(
         held_out = split_traces(terminal, [loaded], hold_out).held_out
         judged = held_out[0] if held_out else loaded
         routing = routing_of(judged.topk, top_k=top_k, source=f"trace {trace}")
+        network = None if interconnect is None else Interconnect.load(interconnect)
         given = {file.name: Placement.load(file) for file in placement or []}
         world = World.join(timeout_seconds=timeout_seconds)
     is_together = False
     try:
         shape = {"num_experts": loaded.num_experts, "num_layers": loaded.num_layers}
-        linear = linear_placement(model=loaded.model, num_ranks=world.num_ranks, **shape)
+        if world.num_ranks % nodes:
+            raise typer.BadParameter(
+                f"--nodes {nodes} does not divide {world.num_ranks} ranks; nodes are equally large"
+            )
+        linear = linear_placement(
+            model=loaded.model, num_ranks=world.num_ranks, num_nodes=nodes, **shape
+        )
         for found in given.values():
             check_placement(found, num_ranks=world.num_ranks, **shape)
         replay = Replay(
@@ -96,31 +126,57 @@ def parallel(
         is_together = True
     finally:
         world.close(orderly=is_together)
-    if is_first:
-        _show(terminal, rows, trace, world.num_ranks, replay.topk.shape[2], model_dim)
+    if not is_first:
+        return
+    times: list[SimulatedTime] = []
+    if network is not None:
+        from moe_runtime.measure.bench.simulated_times import simulate_times
+
+        with terminal.progress("simulating") as meter:
+            times = simulate_times(
+                network,
+                replay,
+                gpus=simulated_gpus,
+                tokens_per_rank=gpu_tokens,
+                on_progress=meter.update,
+            )
+    _show(terminal, rows, times, trace, world.num_ranks, replay.topk.shape[2], model_dim)
 
 
-def _sizes(text: str) -> list[int]:
+def _sizes(option: str, text: str) -> list[int]:
     sizes = [int(word) if word.strip().isdigit() else 0 for word in text.split(",")]
     if not all(sizes):
-        raise typer.BadParameter(f"--tokens {text!r} is no list of numbers above 0; write 1,16,256")
+        raise typer.BadParameter(f"{option} {text!r} is no list of numbers above 0; write 1,16,256")
     return sizes
 
 
 def _show(
-    terminal: Terminal, rows: "list[TrafficRow]", trace: Path, ranks: int, top_k: int, dim: int
+    terminal: Terminal,
+    rows: "list[TrafficRow]",
+    times: "list[SimulatedTime]",
+    trace: Path,
+    ranks: int,
+    top_k: int,
+    dim: int,
 ) -> None:
     from dataclasses import asdict
 
     if terminal.as_json:
-        facts = {"trace": str(trace), "ranks": ranks, "top_k": top_k, "model_dim": dim}
-        terminal.show_json({**facts, "rows": [asdict(row) for row in rows]})
+        facts: dict[str, object] = {
+            "trace": str(trace),
+            "ranks": ranks,
+            "top_k": top_k,
+            "model_dim": dim,
+        }
+        facts |= {"rows": [asdict(row) for row in rows]}
+        terminal.show_json({**facts, "simulated": [asdict(time) for time in times]})
         return
     title = f"{trace.name}, top-{top_k}, {ranks} ranks, hidden states of {dim} x 2 bytes"
     table = Table(title=title, title_justify="left")
     for name in ("tokens a rank", "placement", "dispatcher"):
         table.add_column(name)
-    for name in ("bytes a token and layer", "ratio", "counted", "by formula"):
+    between = ("between nodes",) if any(row.bytes_between_nodes for row in rows) else ()
+    for name in ("bytes a token and layer", *between, "ratio", "counted", "by formula"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -128,8 +184,32 @@ def _show(
             row.placement,
             row.dispatcher,
             f"{row.bytes_per_token_layer:.0f}",
+            *(f"{row.bytes_between_nodes:.0f}" for _ in between),
             f"{row.ratio:.3f}",
             "" if row.counted_bytes is None else f"{row.counted_bytes}",
             "" if row.counted_formula_bytes is None else f"{row.counted_formula_bytes}",
         )
     terminal.show(table)
+    if times:
+        terminal.show(_times(times))
+
+
+def _times(times: "list[SimulatedTime]") -> Table:
+    title = (
+        f"simulated, not measured: messages of one layer, {times[0].tokens_per_rank} tokens a GPU, "
+        "equal parts"
+    )
+    table = Table(title=title, title_justify="left")
+    for name in ("GPUs", "nodes", "dispatcher"):
+        table.add_column(name)
+    for name in ("bytes of the busiest", "simulated ms"):
+        table.add_column(name, justify="right")
+    for time in times:
+        table.add_row(
+            f"{time.gpus}",
+            f"{time.nodes}",
+            time.dispatcher,
+            f"{time.busiest_bytes:.0f}",
+            f"{1e3 * time.simulated_seconds:.3g}",
+        )
+    return table

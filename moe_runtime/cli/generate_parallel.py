@@ -71,7 +71,12 @@ def _figures(generation: ParallelGeneration) -> Table:
     table.add_row("ranks", f"{traffic['ranks']} on {traffic['nodes']} node(s)")
     chosen = traffic["chosen"]
     said = "" if chosen is None else "".join(f", {n} {name}" for name, n in chosen.items())
+    if traffic["payload"] != "exact":
+        said += f", rounded to {traffic['payload']}"
     table.add_row("dispatch", f"{traffic['dispatch']}{said}")
+    if set(traffic["forwards_by_chunks"]) != {"1"}:
+        chunks = ", ".join(f"{n} in {r}" for r, n in traffic["forwards_by_chunks"].items())
+        table.add_row("forwards by chunks", chunks)
     for rank, one in enumerate(generation.by_rank):
         cache, memory = one["report"]["cache"], one["report"]["memory"]
         hits = cache["hit_rate"]
@@ -81,7 +86,8 @@ def _figures(generation: ParallelGeneration) -> Table:
             f"{format_bytes(memory['expert_total_bytes'])}, {cache['slots']} slots, "
             f"{'no use' if hits is None else f'{hits:.1%} hits'}, read "
             f"{format_bytes(cache['bytes_read'])}, sent "
-            f"{format_bytes(sum(traffic['bytes'][rank]))}",
+            f"{format_bytes(sum(traffic['bytes'][rank]))}, "
+            f"{_memory(one['resident'])}",
         )
     table.add_row(
         "moved by MoE layers",
@@ -90,3 +96,13 @@ def _figures(generation: ParallelGeneration) -> Table:
     )
     table.add_row("between nodes", format_bytes(traffic["bytes_between_nodes"]))
     return table
+
+
+def _memory(resident: dict[str, int | None]) -> str:
+    """What a rank took beside its imports, and what the system says that it read."""
+    peak, before = resident["peak_rss_bytes"], resident["rss_after_imports_bytes"]
+    assert peak is not None
+    assert before is not None
+    read = resident["read_from_disk_bytes"]
+    from_disk = "" if read is None else f", {format_bytes(read)} from disk in all"
+    return f"peak {format_bytes(peak - before)} over imports{from_disk}"

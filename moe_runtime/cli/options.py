@@ -66,6 +66,15 @@ class Dispatch(StrEnum):
     AUTO = "auto"
     ALLTOALL = "alltoall"
     ALLREDUCE = "allreduce"
+    HIERARCHICAL = "hierarchical"
+
+
+class Payload(StrEnum):
+    """In which numbers hidden states travel between ranks; `exact` is the model's own."""
+
+    EXACT = "exact"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
 
 
 Model = Annotated[
@@ -196,7 +205,24 @@ DispatchOption = Annotated[
     Dispatch | None,
     typer.Option(
         help="Share the experts among the ranks, and move tokens to them: once to each rank that "
-        "holds one of their experts, all to all ranks, or what moves fewer bytes.",
+        "holds one of their experts, all to all ranks, once to each node and on from there, or "
+        "(auto) the one of the first two that moves fewer bytes.",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+PayloadOption = Annotated[
+    Payload,
+    typer.Option(
+        help="Round hidden states to this in messages between ranks: lossy; exact keeps every bit.",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+PipelineOption = Annotated[
+    str,
+    typer.Option(
+        metavar="N|FILE",
+        help="Run a layer's tokens in so many chunks, messages beside computing; or in what a file "
+        "of `probe --collectives` says is best for each forward.",
         rich_help_panel=RANKS_PANEL,
     ),
 ]

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from moe_runtime.cli.options import OUTPUT_PANEL, Json
+from moe_runtime.cli.options import OUTPUT_PANEL, RANKS_PANEL, Json
 from moe_runtime.cli.outputs import check_writable
 from moe_runtime.cli.terminal import Terminal
 from moe_runtime.expert_memory import format_bytes
@@ -24,6 +24,8 @@ moe-runtime probe
 moe-runtime probe --path ./model -o machine.yaml
 
 moe-runtime probe --json
+
+torchrun --nproc-per-node 4 -m moe_runtime probe --collectives -o interconnect.yaml
 """
 
 _Row = tuple[str, str, float, tuple[float, float] | None, str]
@@ -46,6 +48,14 @@ def probe(
             "--path", metavar="DIR", help="The folder that holds, or will hold, the model."
         ),
     ] = Path(),
+    collectives: Annotated[
+        bool,
+        typer.Option(
+            "--collectives",
+            help="Under torchrun: measure messages between ranks instead, for generate --pipeline.",
+            rich_help_panel=RANKS_PANEL,
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure disk, memory, matrix products and GPUs of this machine. Takes under a minute.
@@ -56,6 +66,11 @@ def probe(
     if output is not None:
         check_writable(output)
     terminal = Terminal(as_json=as_json)
+    if collectives:
+        from moe_runtime.cli.probe_collectives import probe_collectives_and_show
+
+        probe_collectives_and_show(terminal, output)
+        return
     with terminal.waiting("starting") as status:
         from moe_runtime.measure.probe.probe import probe as measure
 

@@ -66,6 +66,8 @@ class GenerationRequest:
     check: bool = False
     placement: str | None = None
     dispatch: str | None = None
+    payload: str = "exact"
+    pipeline: int | str = 1
     timeout_seconds: float | None = None
     plan: str = OFF
     explicit: tuple[str, ...] = ()  # fields that were given and that a plan must leave as they are
@@ -286,6 +288,8 @@ def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTr
         "device_map": request.device,
         "placement": request.placement,
         "dispatch": request.dispatch,
+        "payload": request.payload,
+        "pipeline": request.pipeline,
         "timeout_seconds": request.timeout_seconds,
         "trust_remote_code": request.trust_remote_code,
         "dtype": request.dtype,

@@ -20,9 +20,15 @@ from moe_runtime.measure.completion import complete
 from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.generation import GenerationRequest, Listener, load_requested
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
+from moe_runtime.measure.process_reads import read_from_disk_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import check_agreement
+
+_SAME_ON_ALL = (
+    "ranks", "nodes", "dispatch", "payload", "chosen", "forwards", "forwards_by_chunks",
+    "experts_moved",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +89,10 @@ class ParallelGeneration:
             "moe_predicted_bytes",
             "bytes_within_node",
             "bytes_between_nodes",
+            "migration_bytes",
         )
         return {
-            **{name: first[name] for name in ("ranks", "nodes", "dispatch", "chosen", "forwards")},
+            **{name: first[name] for name in _SAME_ON_ALL},
             "experts_held": [report["experts_held"] for report in reports],
             "bytes": [report["bytes_to_rank"] for report in reports],
             "messages": [report["messages_to_rank"] for report in reports],
@@ -139,6 +146,7 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
                 "resident": {
                     "rss_after_imports_bytes": after_imports,
                     "peak_rss_bytes": peak_resident_bytes(),
+                    "read_from_disk_bytes": read_from_disk_bytes(),
                 },
             }
             texts = parallel.world.ledger.gather_texts(json.dumps(mine))

@@ -108,6 +108,11 @@ class ExpertLayout:
         """Bytes of the weights alone, without alignment."""
         return sum(spec.num_bytes for spec in self.parameters)
 
+    @property
+    def stored_bytes(self) -> int:
+        """Of the blob that a slot holds."""
+        return self.num_bytes if self.compact is None else self.compact.num_bytes
+
     def views(self, blob: torch.Tensor) -> dict[str, torch.Tensor]:
         """Typed views into `blob` (uint8, at least `num_bytes` long), by parameter name."""
         return {

@@ -12,8 +12,11 @@ import torch
 from moe_runtime.parallel.dispatcher import Rows
 from moe_runtime.parallel.ledger import Ledger
 from moe_runtime.parallel.packed_rows import pack_rows, unpack_rows
+from moe_runtime.parallel.payload import ExactPayload, Payload
 from moe_runtime.parallel.plan import ExpertPlan
 from moe_runtime.parallel.traffic import COUNT_BYTES
+
+_EXACT = ExactPayload()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,9 +29,14 @@ class Visits:
 
     @classmethod
     def of(cls, plan: ExpertPlan, layer: int, index_TK: torch.Tensor) -> "Visits":
-        owner = plan.nearest.owners(layer, index_TK, first_turn=plan.rank)
+        """To the owners of all experts."""
+        return cls.to(plan, plan.nearest.owners(layer, index_TK, first_turn=plan.rank))
+
+    @classmethod
+    def to(cls, plan: ExpertPlan, owner: torch.Tensor) -> "Visits":
+        """To `owner [T, K]`; rank G is nobody."""
         to_rank = torch.zeros(
-            (len(index_TK), plan.num_ranks + 1), dtype=torch.bool, device=index_TK.device
+            (len(owner), plan.num_ranks + 1), dtype=torch.bool, device=owner.device
         )
         to_rank = to_rank.scatter_(1, owner, True)[:, : plan.num_ranks].t()
         return cls(owner, to_rank, to_rank.sum(1).tolist())  # sync: the host must know the splits
@@ -51,14 +59,15 @@ class AllToAllDispatcher:
 
     The rank weighs and adds up what its experts make of the token, and one row returns. Partial
     sums are added in float32, or wider where the model is, in ascending order of ranks, the own
-    rank first.
+    rank first. Hidden states travel as `payload` writes them, both ways.
     """
 
     name = "alltoall"
 
-    def __init__(self, plan: ExpertPlan, ledger: Ledger) -> None:
+    def __init__(self, plan: ExpertPlan, ledger: Ledger, payload: Payload = _EXACT) -> None:
         self._plan = plan
         self._ledger = ledger
+        self._payload = payload
 
     def dispatch(
         self, layer: int, rows: Rows, tokens_by_rank: list[int]
@@ -80,7 +89,7 @@ class AllToAllDispatcher:
         own = visits.to_rank[rank].nonzero().squeeze(1)
         sent = [0 if g == rank else count for g, count in enumerate(visits.counts)]
         received = [0 if g == rank else count for g, count in enumerate(counts_here)]
-        size = rows.row_bytes()
+        size = rows.row_bytes(self._payload)
         self._ledger.expect(
             layer,
             (np.array(sent) * size.routed + np.array(received) * size.hidden).tolist(),
@@ -94,8 +103,9 @@ class AllToAllDispatcher:
                 rows.weights[token_n].masked_fill(~is_there, 0),
             )
 
-        away = pack_rows(select(token_S, rank_S.unsqueeze(1)))
-        came = unpack_rows(self._ledger.all_to_all(layer, away, sent, received), rows)
+        away = pack_rows(select(token_S, rank_S.unsqueeze(1)), self._payload)
+        packed = self._ledger.all_to_all(layer, away, sent, received)
+        came = unpack_rows(packed, rows, self._payload)
         mine = select(own, rank)
         here = Rows(
             torch.cat([mine.hidden, came.hidden]),
@@ -107,7 +117,9 @@ class AllToAllDispatcher:
     def combine(self, output_RD: torch.Tensor, state: AllToAllState) -> torch.Tensor:
         """Partial sums back to the tokens' ranks."""
         num_own = len(state.own_tokens)
-        back = self._ledger.all_to_all(state.layer, output_RD[num_own:], state.received, state.sent)
+        away = self._payload.encode(output_RD[num_own:])
+        packed = self._ledger.all_to_all(state.layer, away, state.received, state.sent)
+        back = self._payload.decode(packed, output_RD.dtype)
         wide = torch.promote_types(output_RD.dtype, torch.float32)
         total_TD = output_RD.new_zeros((state.num_tokens, output_RD.shape[1]), dtype=wide)
         total_TD.index_add_(0, state.own_tokens, output_RD[:num_own].to(wide))

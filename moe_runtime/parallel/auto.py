@@ -9,8 +9,11 @@ from moe_runtime.parallel.allreduce import AllReduceDispatcher, AllReduceState
 from moe_runtime.parallel.alltoall import AllToAllDispatcher, AllToAllState, Visits
 from moe_runtime.parallel.dispatcher import Rows
 from moe_runtime.parallel.ledger import Ledger
+from moe_runtime.parallel.payload import ExactPayload, Payload
 from moe_runtime.parallel.plan import ExpertPlan
 from moe_runtime.parallel.traffic import COUNT_BYTES, allreduce_bytes, alltoall_bytes
+
+_EXACT = ExactPayload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,11 @@ class AutoDispatcher:
 
     name = "auto"
 
-    def __init__(self, plan: ExpertPlan, ledger: Ledger) -> None:
+    def __init__(self, plan: ExpertPlan, ledger: Ledger, payload: Payload = _EXACT) -> None:
         self._plan = plan
         self._ledger = ledger
-        self._alltoall = AllToAllDispatcher(plan, ledger)
+        self._payload = payload
+        self._alltoall = AllToAllDispatcher(plan, ledger, payload)
         self._allreduce = AllReduceDispatcher(plan, ledger)
         self.chosen = {AllToAllDispatcher.name: 0, AllReduceDispatcher.name: 0}
 
@@ -42,9 +46,11 @@ class AutoDispatcher:
         mine = torch.tensor(visits.counts, dtype=torch.int32, device=self._ledger.device)
         self._ledger.expect(layer, [num_ranks * COUNT_BYTES] * num_ranks)
         counts = np.array(self._ledger.all_gather(layer, mine).tolist())  # sync: host splits
-        size = rows.row_bytes()
-        alltoall = alltoall_bytes(counts, size) - COUNT_BYTES * (1 - np.eye(num_ranks, dtype=int))
-        if allreduce_bytes(np.array(tokens_by_rank), size).sum() <= alltoall.sum():
+        alltoall = alltoall_bytes(counts, rows.row_bytes(self._payload))
+        alltoall -= COUNT_BYTES * (1 - np.eye(num_ranks, dtype=int))
+        # Sums cannot be rounded on their way, so allreduce moves every bit.
+        allreduce = allreduce_bytes(np.array(tokens_by_rank), rows.row_bytes())
+        if allreduce.sum() <= alltoall.sum():
             self.chosen[AllReduceDispatcher.name] += 1
             here, state = self._allreduce.dispatch(layer, rows, tokens_by_rank)
             return here, AutoState(state)

@@ -8,7 +8,10 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from moe_runtime.parallel.payload import ExactPayload, Payload
 from moe_runtime.parallel.traffic import RowBytes
+
+_EXACT = ExactPayload()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +28,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.hidden)
 
-    def row_bytes(self) -> RowBytes:
-        """Of one of them."""
-        return RowBytes.of(self.hidden, self.weights)
+    def row_bytes(self, payload: Payload = _EXACT) -> RowBytes:
+        """Of one of them in a message."""
+        hidden_bytes = payload.row_bytes(self.hidden.shape[1], self.hidden.dtype)
+        return RowBytes.of(hidden_bytes, self.weights)
 
 
 State = TypeVar("State")  # frozen: all that combine must know of dispatch

@@ -3,8 +3,11 @@
 G ranks, T tokens of this rank, K top-k, D model dim.
 """
 
+import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +16,21 @@ from moe_runtime.errors import ParallelError
 from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher
 from moe_runtime.parallel.auto import AutoDispatcher
+from moe_runtime.parallel.degree import Degree, FixedDegree
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
-from moe_runtime.parallel.ledger import CONTROL
+from moe_runtime.parallel.hierarchical import HierarchicalDispatcher
+from moe_runtime.parallel.ledger import CONTROL, MIGRATION
 from moe_runtime.parallel.local import LocalDispatcher
-from moe_runtime.parallel.plan import ExpertPlan
+from moe_runtime.parallel.migrate import Migration, Stored, migrate
+from moe_runtime.parallel.payload import ExactPayload, Payload, make_payload
+from moe_runtime.parallel.pipeline import run_in_chunks
+from moe_runtime.parallel.plan import ExpertPlan, check_placement
 from moe_runtime.parallel.world import World
+from moe_runtime.placement_map import Placement
 
-DISPATCHES = ("auto", "alltoall", "allreduce")
+DISPATCHES = ("auto", "alltoall", "allreduce", "hierarchical")
+_STOP, _MIGRATE = 1, 2  # wishes of a rank, as bits
+_ONE_CHUNK = FixedDegree(1)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # `[T, D]`, `[T, K]`, `[T, K]` -> weighted sum of the experts that are here, `[T, D]`.
@@ -32,6 +43,7 @@ class _Step:
 
     tokens_by_rank: list[int]
     is_stop_asked: bool
+    degree: int  # chunks of each layer
     empty: Rows  # no rows, in the sizes and dtypes of this forward
 
     @property
@@ -47,16 +59,31 @@ class ExpertParallel:
     once a forward. Not for several threads.
     """
 
-    def __init__(self, world: World, plan: ExpertPlan, dispatch: str) -> None:
+    def __init__(
+        self,
+        world: World,
+        plan: ExpertPlan,
+        dispatch: str,
+        *,
+        payload: str = ExactPayload.name,
+        degree: Degree = _ONE_CHUNK,
+    ) -> None:
         self.world = world
         self.plan = plan
         world.ledger.num_nodes = plan.num_nodes
-        self.dispatcher = make_dispatcher(dispatch, world, plan)
+        self._dispatch = dispatch
+        self._payload = make_payload(payload)
+        self._degree = degree
+        self._num_steps_by_degree: Counter[int] = Counter()
+        self.dispatcher = make_dispatcher(dispatch, world, plan, self._payload)
         self._layers: list[ComputeExperts] = []
         self._step: _Step | None = None
         self._next_layer = 0
         self._num_steps = 0
         self._wants_stop = False
+        self._wanted: Placement | None = None
+        self._stored: Stored | None = None
+        self._num_moves = 0
         self._is_together = True  # whether all ranks are known to stand at the same place
         self._is_closed = False
 
@@ -64,6 +91,10 @@ class ExpertParallel:
         """Add the next MoE layer; returns its number."""
         self._layers.append(compute)
         return len(self._layers) - 1
+
+    def store_in(self, stored: Stored) -> None:
+        """Where the experts that `attach`ed layers compute with are; without it none can travel."""
+        self._stored = stored
 
     @property
     def is_stop_asked(self) -> bool:
@@ -73,6 +104,21 @@ class ExpertParallel:
     def ask_to_stop(self) -> None:
         """Let every rank hear, at the next forward, that this one should end early."""
         self._wants_stop = True
+
+    def ask_to_migrate(self, placement: str | Path | Placement) -> None:
+        """Go over to another placement when the next forward of any rank begins.
+
+        One rank asks, or several for the same. Tokens stay what they are: all ranks change at the
+        same place, between forwards. Raises PlacementError, here, if it does not fit.
+        """
+        wanted = placement if isinstance(placement, Placement) else Placement.load(placement)
+        check_placement(
+            wanted,
+            num_experts=self.plan.num_experts,
+            num_layers=len(self.plan.held),
+            num_ranks=self.plan.num_ranks,
+        )
+        self._wanted = wanted
 
     def run(
         self,
@@ -127,7 +173,8 @@ class ExpertParallel:
     def report(self) -> dict[str, Any]:
         """What this rank sent, by layer and rank; counts are since loading."""
         ledger = self.world.ledger
-        layers = {n: line for n, line in ledger.sent().items() if n != CONTROL}
+        layers = {n: line for n, line in ledger.sent().items() if n >= 0}
+        moved = ledger.sent().get(MIGRATION)
         everything = ledger.sent().values()
         to_rank = [sum(line.num_bytes[g] for line in everything) for g in range(ledger.num_ranks)]
         node = ledger.node_of(ledger.rank)
@@ -138,9 +185,15 @@ class ExpertParallel:
             "ranks": ledger.num_ranks,
             "nodes": ledger.num_nodes,
             "dispatch": self.dispatcher.name,
+            "payload": self._payload.name,
             "chosen": chosen,
             "experts_held": self.plan.num_held,
             "forwards": self._num_steps,
+            "forwards_by_chunks": {
+                str(degree): count for degree, count in self._num_steps_by_degree.items() if count
+            },
+            "experts_moved": self._num_moves,  # by all ranks
+            "migration_bytes": 0 if moved is None else sum(moved.num_bytes),
             "bytes_to_rank": to_rank,
             "messages_to_rank": [
                 sum(line.messages[g] for line in everything) for g in range(ledger.num_ranks)
@@ -170,9 +223,10 @@ class ExpertParallel:
 
     def _agree(self, rows: Rows | None) -> _Step:
         """The next forward, as all ranks have it; `rows` are this rank's, None if it is done."""
-        mine = [0, int(self._wants_stop), 0, 0, 0, 0, 0]
+        wishes = self._wants_stop * _STOP + (self._wanted is not None) * _MIGRATE
+        mine = [0, wishes, 0, 0, 0, 0, 0]
         if rows is not None:
-            mine = [len(rows), int(self._wants_stop), *_shape_code(rows)]
+            mine = [len(rows), wishes, *_shape_code(rows)]
         ledger = self.world.ledger
         sent = torch.tensor(mine, dtype=torch.int32, device=ledger.device)
         heard = ledger.all_gather(CONTROL, sent).tolist()  # sync: the host plans the forward
@@ -184,32 +238,77 @@ class ExpertParallel:
                 f"{sorted(shapes)}; load the same model with the same dtype on every rank"
             )
         shape = next(iter(shapes), (0, 0, 0, 0, 0))
-        step = _Step(tokens, any(line[1] for line in heard), _empty_rows(shape, ledger.device))
+        if any(line[1] & _MIGRATE for line in heard):
+            self._migrate()
+        is_stop_asked = any(line[1] & _STOP for line in heard)
+        empty = _empty_rows(shape, ledger.device)
+        row = empty.row_bytes(self._payload)
+        degree = self._degree.chunks(tokens, row, empty.index.shape[1]) if any(tokens) else 1
+        step = _Step(tokens, is_stop_asked, degree, empty)
         self._step = step
+        self._num_steps_by_degree[degree] += not step.is_idle
         self._num_steps += not step.is_idle
         return step
 
+    def _migrate(self) -> None:
+        """To the placement that any rank wants, on all of them; collective."""
+        mine = self._wanted
+        texts = self.world.ledger.gather_texts("" if mine is None else mine.to_json())
+        wanted = sorted(set(filter(None, texts)))
+        if len(wanted) > 1:
+            asked = [rank for rank, text in enumerate(texts) if text]
+            raise ParallelError(
+                f"ranks {', '.join(map(str, asked))} ask for {len(wanted)} different placements "
+                "at once; let one of them ask, or all for the same"
+            )
+        to = Placement.from_json(json.loads(wanted[0]), source="the placement to migrate to")
+        migration = Migration.between(self.plan.placement, to)
+        migrate(self.world.ledger, migration, self._stored)
+        before = self.dispatcher
+        self.plan = ExpertPlan.of(migration.after, self.world.rank)
+        self.world.ledger.num_nodes = self.plan.num_nodes
+        self.dispatcher = make_dispatcher(self._dispatch, self.world, self.plan, self._payload)
+        if isinstance(self.dispatcher, AutoDispatcher) and isinstance(before, AutoDispatcher):
+            self.dispatcher.chosen = before.chosen
+        self._num_moves += len(migration.moves)
+        self._wanted = None
+
     def _run_layer(self, layer: int, rows: Rows, step: _Step) -> torch.Tensor:
-        here, state = self.dispatcher.dispatch(layer, rows, step.tokens_by_rank)
-        output = (
-            self._layers[layer](here.hidden, here.index, here.weights) if len(here) else here.hidden
+        compute = self._layers[layer]
+        combined = run_in_chunks(
+            self.dispatcher,
+            layer,
+            rows,
+            step.tokens_by_rank,
+            lambda here: compute(here.hidden, here.index, here.weights),
+            degree=step.degree,
         )
-        combined = self.dispatcher.combine(output, state)
         self._next_layer = (layer + 1) % len(self._layers)
         return combined
 
 
-def make_dispatcher(name: str, world: World, plan: ExpertPlan) -> Dispatcher[Any]:
+def make_dispatcher(name: str, world: World, plan: ExpertPlan, payload: Payload) -> Dispatcher[Any]:
     """The dispatcher of that name; that of one process where there is one."""
-    if name not in DISPATCHES:
-        raise ValueError(f"dispatch {name!r} is unknown; choose from {', '.join(DISPATCHES)}")
+    check_dispatch(name, payload.name)
     if world.num_ranks == 1:
         return LocalDispatcher()
-    if name == AutoDispatcher.name:
-        return AutoDispatcher(plan, world.ledger)
     if name == AllReduceDispatcher.name:
         return AllReduceDispatcher(plan, world.ledger)
-    return AllToAllDispatcher(plan, world.ledger)
+    kinds = (AutoDispatcher, HierarchicalDispatcher, AllToAllDispatcher)
+    kind = next(kind for kind in kinds if kind.name == name)
+    return kind(plan, world.ledger, payload)
+
+
+def check_dispatch(dispatch: str, payload: str) -> None:
+    """Raise ValueError for a name that is unknown, or a pair that makes no sense."""
+    if dispatch not in DISPATCHES:
+        raise ValueError(f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}")
+    make_payload(payload)
+    if dispatch == AllReduceDispatcher.name and payload != ExactPayload.name:
+        raise ValueError(
+            f"payload {payload!r} rounds rows, and dispatch 'allreduce' adds sums up on their way; "
+            "leave payload out, or choose alltoall, hierarchical or auto"
+        )
 
 
 def _shape_code(rows: Rows) -> tuple[int, int, int, int, int]:

@@ -13,7 +13,9 @@ from torch import distributed
 
 from moe_runtime.errors import ParallelError
 
-CONTROL = -1  # stands for a layer where traffic belongs to none: agreements, results
+# These stand for a layer where traffic belongs to none.
+CONTROL = -1  # agreements, results
+MIGRATION = -2  # experts on their way to another rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +71,21 @@ class Ledger:
         )
         return received
 
-    def exchange_counts(self, layer: int, counts: Sequence[int]) -> list[int]:
-        """`counts[d]` goes to rank d; returns what every rank counted for this one."""
-        ones = [1] * self.num_ranks
-        sent = torch.tensor(counts, dtype=torch.int32, device=self.device)
-        received: list[int] = self.all_to_all(layer, sent, ones, ones).tolist()  # sync: host splits
-        return received
+    def exchange_counts(
+        self, layer: int, counts: Sequence[int], partners: Sequence[int] | None = None
+    ) -> list[int]:
+        """`counts[d]` goes to rank d; returns what every rank counted for this one.
+
+        With `partners` only these ranks exchange, which all have this one among theirs; the others
+        counted 0.
+        """
+        if partners is None:
+            partners = range(self.num_ranks)
+        ones = [int(g in partners) for g in range(self.num_ranks)]
+        told = [counts[g] for g in range(self.num_ranks) if ones[g]]
+        sent = torch.tensor(told, dtype=torch.int32, device=self.device)
+        came = iter(self.all_to_all(layer, sent, ones, ones).tolist())  # sync: host splits
+        return [next(came) if one else 0 for one in ones]
 
     def all_gather(self, layer: int, part: torch.Tensor) -> torch.Tensor:
         """`part [R, ...]` of every rank, equally large on all: `[G, R, ...]`."""
@@ -129,6 +140,11 @@ class Ledger:
         made._waits = self._waits
         return made
 
+    @property
+    def backend(self) -> str:
+        """Which library moves the bytes."""
+        return str(distributed.get_backend(self._group))
+
     def sent(self) -> dict[int, Sent]:
         """By layer, what this rank has sent; CONTROL is among the layers."""
         return {
@@ -163,7 +179,7 @@ class Ledger:
         try:
             collective()
         except RuntimeError as error:  # torch has no narrower class for what gloo reports
-            where = "between layers" if layer == CONTROL else f"in MoE layer {layer}"
+            where = "between layers" if layer < 0 else f"in MoE layer {layer}"
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             raise ParallelError(
                 f"rank {self.rank} of {self.num_ranks} lost the others in {name} {where} "

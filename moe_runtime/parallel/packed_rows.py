@@ -3,30 +3,35 @@
 import torch
 
 from moe_runtime.parallel.dispatcher import Rows
+from moe_runtime.parallel.payload import ExactPayload, Payload
+
+_EXACT = ExactPayload()
 
 
-def pack_rows(rows: Rows) -> torch.Tensor:
-    """`[n, row bytes]` uint8: hidden states, weights, then expert ids of two bytes."""
-    parts = (rows.hidden, rows.weights, rows.index.to(torch.int16))
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+def pack_rows(rows: Rows, payload: Payload = _EXACT) -> torch.Tensor:
+    """`[n, row bytes]` uint8: hidden states by `payload`, weights, then expert ids of two bytes."""
+    routing = (rows.weights, rows.index.to(torch.int16))
+    parts = [part.contiguous().view(torch.uint8) for part in routing]
+    return torch.cat([payload.encode(rows.hidden), *parts], dim=1)
 
 
-def unpack_rows(packed: torch.Tensor, like: Rows) -> Rows:
+def unpack_rows(packed: torch.Tensor, like: Rows, payload: Payload = _EXACT) -> Rows:
     """Of what `pack_rows` made, in the dtypes and sizes of `like`."""
-    hidden_bytes = like.hidden.shape[1] * like.hidden.element_size()
+    hidden_bytes = payload.row_bytes(like.hidden.shape[1], like.hidden.dtype)
     weight_bytes = like.weights.shape[1] * like.weights.element_size()
-    index = _columns(packed, hidden_bytes + weight_bytes, packed.shape[1], torch.int16)
+    index = _columns(packed, hidden_bytes + weight_bytes, packed.shape[1]).view(torch.int16)
+    weights = _columns(packed, hidden_bytes, hidden_bytes + weight_bytes)
     return Rows(
-        _columns(packed, 0, hidden_bytes, like.hidden.dtype),
+        payload.decode(_columns(packed, 0, hidden_bytes), like.hidden.dtype),
         index.to(like.index.dtype),
-        _columns(packed, hidden_bytes, hidden_bytes + weight_bytes, like.weights.dtype),
+        weights.view(like.weights.dtype),
     )
 
 
-def _columns(packed: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+def _columns(packed: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """Bytes `begin` to `end` of every row, in memory of their own.
 
-    Not by `contiguous()`, which leaves one row where it is, maybe not aligned for `dtype`.
+    Not by `contiguous()`, which leaves one row where it is, maybe not aligned for its dtype.
     """
     columns = packed.new_empty((len(packed), end - begin))
-    return columns.copy_(packed[:, begin:end]).view(dtype)
+    return columns.copy_(packed[:, begin:end])

@@ -53,6 +53,7 @@ class ExpertPlan:
     any; `any_holder` is the same on every rank, for tokens that every rank knows.
     """
 
+    placement: Placement
     rank: int
     num_ranks: int
     num_nodes: int
@@ -74,6 +75,7 @@ class ExpertPlan:
         may = np.where(on_node.any(axis=2, keepdims=True), on_node, hosts)
         may = np.where(on_rank.any(axis=2, keepdims=True), on_rank, may)
         return cls(
+            placement=placement,
             rank=rank,
             num_ranks=placement.gpus,
             num_nodes=placement.nodes,

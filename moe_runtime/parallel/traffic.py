@@ -25,9 +25,8 @@ class RowBytes:
     routed: int
 
     @classmethod
-    def of(cls, hidden: torch.Tensor, weights: torch.Tensor) -> "RowBytes":
-        """Of rows `[n, D]` and weights `[n, K]`."""
-        hidden_bytes = hidden.shape[1] * hidden.element_size()
+    def of(cls, hidden_bytes: int, weights: torch.Tensor) -> "RowBytes":
+        """Of rows that take so many bytes, and weights `[n, K]`."""
         return cls(
             hidden=hidden_bytes,
             routed=hidden_bytes + weights.shape[1] * (weights.element_size() + INDEX_BYTES),
@@ -56,6 +55,18 @@ def allreduce_bytes(tokens: Array, row: RowBytes) -> Array:
     return _off_rank(np.full((num_ranks, num_ranks), int(tokens.max()) * (row.routed + row.hidden)))
 
 
+def hierarchical_bytes(between: Array, within: Array, row: RowBytes, num_nodes: int) -> Array:
+    """`alltoall` among ranks of one number in their nodes, and then among those of each node.
+
+    `between[r, d]` and `within[r, d]` count the rows that rank r sends to d in either.
+    """
+    num_ranks = len(between)
+    node, place = np.divmod(np.arange(num_ranks), num_ranks // num_nodes)
+    counts = (place[:, None] == place).astype(int) + (node[:, None] == node)
+    rows = between + within
+    return _off_rank(rows * row.routed + rows.T * row.hidden + COUNT_BYTES * counts)
+
+
 def shared_slices_bytes(rows: Array, slices: Array, row: RowBytes) -> Array:
     """All ranks have the same tokens: each sends its `slices [G]` of them, and all get results."""
     return _off_rank(rows * row.routed + rows.T * row.hidden + slices[:, None] * row.hidden)
@@ -81,6 +92,18 @@ def transformers_all_reduce_bytes(tokens: Array, row: RowBytes) -> Array:
     num_ranks = len(tokens)
     total = int(tokens.sum()) * row.hidden
     return _off_rank(np.full((num_ranks, num_ranks), 2 * total / num_ranks))
+
+
+def deepspeed_bytes(counts: Array, row: RowBytes) -> Array:
+    """DeepSpeed 0.19.8, `MOELayer` that drops nothing; `counts [G, E]`: tokens for an expert.
+
+    Every rank sends each expert as many rows as the fullest has from any rank, and gets as many
+    back; before, all ranks agree on that number of 8 bytes, by an all-reduce as above.
+    """
+    num_ranks, num_experts = counts.shape
+    rows = int(counts.max()) * (num_experts // num_ranks)
+    agreed = 2 * _PEER_COUNT_BYTES / num_ranks
+    return _off_rank(np.full((num_ranks, num_ranks), 2.0 * rows * row.hidden + agreed))
 
 
 def _off_rank(num_bytes: Array) -> Array:

@@ -18,13 +18,16 @@ from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher, Visits
 from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
+from moe_runtime.parallel.hierarchical import HierarchicalDispatcher
 from moe_runtime.parallel.ledger import CONTROL, Ledger
+from moe_runtime.parallel.payload import make_payload
 from moe_runtime.parallel.plan import ExpertPlan
 from moe_runtime.parallel.world import check_agreement
 from moe_runtime.placement_map import Placement
 
 KINDS: dict[str, Any] = {
-    kind.name: kind for kind in (AllToAllDispatcher, AllReduceDispatcher, AutoDispatcher)
+    kind.name: kind
+    for kind in (AllToAllDispatcher, AllReduceDispatcher, AutoDispatcher, HierarchicalDispatcher)
 }
 _OTHERS = (
     "all_reduce", "broadcast", "reduce", "gather", "scatter", "send", "recv", "all_to_all",
@@ -65,12 +68,13 @@ def compute(rows: Rows, held: set[int], num_experts: int) -> torch.Tensor:
     return rows.hidden * factor.to(rows.hidden.dtype)
 
 
-def exchange(mesh: DeviceMesh, kind: str, case: Case) -> dict[str, Any]:
+def exchange(mesh: DeviceMesh, kind: str, case: Case, payload: str | None = None) -> dict[str, Any]:
     """Outputs by layer, the ledger's books, torch's own, and distinct visits by rank."""
     rank = mesh.get_local_rank()
     ledger = Ledger(mesh.get_group(), num_nodes=case.placement.nodes)
     plan = ExpertPlan.of(case.placement, rank)
-    dispatcher: Dispatcher[Any] = KINDS[kind](plan, ledger)
+    rounding = () if payload is None else (make_payload(payload),)
+    dispatcher: Dispatcher[Any] = KINDS[kind](plan, ledger, *rounding)
     outputs, visits = [], []
     with recorded(rank, ledger.num_ranks) as record:
         for layer in range(case.placement.num_layers):

@@ -13,6 +13,7 @@ from moe_runtime.integrations.transformers.ep_implementation import RankExperts
 from moe_runtime.measure.completion import complete
 from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.prompt import Prompt, load_tokenizer
+from moe_runtime.parallel.ledger import MIGRATION
 from moe_runtime.placement_map import Placement
 
 Batch = list[list[int]]  # prompts that are equally long, and run together
@@ -41,6 +42,8 @@ def generate_on_ranks(
     dispatch: str,
     placement: Placement | None,
     expert_memory: str,
+    payload: str = "exact",
+    pipeline: Any = 1,
 ) -> dict[str, Any]:
     """Tokens of this rank's prompts, its report, and keys that it should never have read."""
     model = moe_runtime.load(
@@ -49,6 +52,8 @@ def generate_on_ranks(
         dispatch=dispatch,
         placement=placement,
         expert_memory=expert_memory,
+        payload=payload,
+        pipeline=pipeline,
         dtype=torch.float32,
     )
     handle = moe_runtime.handle(model)
@@ -64,6 +69,60 @@ def generate_on_ranks(
     report = handle.report()
     handle.close()
     return {"tokens": tokens, "report": report, "strangers": strangers}
+
+
+def migrate_while_generating(
+    mesh: DeviceMesh,
+    folder: str,
+    batches_by_rank: list[list[Batch]],
+    new_tokens: int,
+    dispatch: str,
+    to: list[Placement],
+    expert_memory: str,
+) -> dict[str, Any]:
+    """What `generate_on_ranks` does, but rank 0 asks for the next of `to` at every other forward.
+
+    From linear placement. `refused` is what it is told when it asks.
+    """
+    model = moe_runtime.load(
+        folder, mesh=mesh, dispatch=dispatch, expert_memory=expert_memory, dtype=torch.float32
+    )
+    handle = moe_runtime.handle(model)
+    parallel = handle.parallel
+    assert parallel is not None
+    is_first = mesh.get_local_rank() == 0
+    waiting, refused, forwards = list(to), "", 0
+
+    def before_forward(*_: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+        if is_first and waiting and forwards % 2 == 0:
+            parallel.ask_to_migrate(waiting.pop(0))
+
+    model.register_forward_pre_hook(before_forward)
+    tokens = continue_greedily(model, batches_by_rank[mesh.get_local_rank()], new_tokens)
+    if is_first and waiting:
+        try:
+            parallel.ask_to_migrate(waiting.pop(0))
+        except ValueError as error:
+            refused = f"{type(error).__name__}: {error}"
+    parallel.finish()
+    held = parallel.plan.held
+    strangers = [
+        (layer, expert)
+        for layer, expert in zip(*(~held).nonzero(), strict=True)
+        if ExpertKey(int(layer), int(expert)) in handle.engine.cache
+    ]
+    report = handle.report()
+    books = parallel.world.ledger.sent().get(MIGRATION)
+    handle.close()
+    return {
+        "tokens": tokens,
+        "report": report,
+        "strangers": strangers,
+        "refused": refused,
+        "migration_predicted": 0 if books is None else sum(books.predicted_bytes),
+    }
 
 
 def stop_early(mesh: DeviceMesh, folder: str, prompt: list[int]) -> list[str]:

@@ -4,12 +4,15 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_runtime.measure.probe import collectives
+from moe_runtime.measure.probe.collectives import CollectiveSizes
 from moe_runtime.placement_map import Placement
 from tests.command_line import ROOT, Outcome, command, environment, run_here
 from tests.parallel.rank_pool import free_port
@@ -59,7 +62,7 @@ def found(folder: Path, prompts_file: Path) -> dict[str, Any]:
         slots=np.tile(np.arange(NUM_EXPERTS)[::-1], (NUM_LAYERS, 1)),
     ).save(placement)
     options = ("--placement", placement, "--prompts", prompts_file, *OPTIONS, "--json")
-    outcome = torchrun("generate", folder, *options, num_ranks=2)
+    outcome = torchrun("generate", folder, *options, "--pipeline", "2", num_ranks=2)
     assert outcome.code == 0, outcome.err
     one_object: dict[str, Any] = json.loads(outcome.out)  # nothing else is on stdout
     return one_object
@@ -90,6 +93,50 @@ def test_bytes_stand_beside_what_formulas_say(found: dict[str, Any]) -> None:
     )
     assert 0 < parallel["moe_bytes"] < total
     assert [rank["prompts"] for rank in found["ranks"]] == [2, 1]
+    assert parallel["payload"] == "exact"
+    assert parallel["experts_moved"] == parallel["migration_bytes"] == 0
+    assert parallel["forwards_by_chunks"] == {"2": parallel["forwards"]}
+
+
+def test_each_rank_says_its_memory_and_what_it_read_from_disk(found: dict[str, Any]) -> None:
+    """Law: what its cache asked for is among what the system counted as read by the process."""
+    for rank in found["ranks"]:
+        memory = rank["memory"]
+        assert memory["peak_rss_bytes"] >= memory["rss_after_imports_bytes"] > 0
+        if memory["read_from_disk_bytes"] is not None and found["settings"]["direct_reads"]:
+            assert memory["read_from_disk_bytes"] >= rank["cache"]["bytes_read"] > 0
+
+
+def test_messages_are_probed_and_the_file_serves_a_generation(
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Law: one object or a table, and a file that generate --pipeline takes."""
+    meeting = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (meeting | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    small = CollectiveSizes(num_bytes=(4096, 8192), rows=(1, 2), weight_shape=(8, 8), repeats=1)
+    monkeypatch.setattr(
+        collectives, "probe_collectives", partial(collectives.probe_collectives, sizes=small)
+    )
+    file = tmp_path / "interconnect.yaml"
+    shown = run_here(capsys, "probe", "--collectives", "-o", file)
+    assert shown.code == 0, shown.err
+    for words in ("1 ranks on 1 node(s), gloo, cpu", "all_to_all", "reduce_scatter", "8 x 8"):
+        assert words in shown.out
+    said = json.loads(run_here(capsys, "probe", "--collectives", "--json").out)
+    assert (said["ranks"], said["backend"]) == (1, "gloo")
+    options = ("--prompt", "a", "--dispatch", "auto", "--pipeline", file, *OPTIONS, "--json")
+    parallel = json.loads(run_here(capsys, "generate", folder, *options).out)["parallel"]
+    assert sum(parallel["forwards_by_chunks"].values()) == parallel["forwards"] > 0
+    assert (
+        "cannot be read"
+        in run_here(
+            capsys, "generate", folder, *options[:4], "--pipeline", tmp_path / "nowhere"
+        ).error()
+    )
 
 
 def test_a_check_is_refused_with_ranks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -89,6 +89,7 @@ def test_torchrun_without_an_option_is_refused(
     ("options", "words"),
     [
         ({"timeout_seconds": 5.0}, "timeout_seconds has no effect on one process"),
+        ({"payload": "int8"}, "payload='int8' has no effect on one process"),
         ({"dispatch": "auto", "exact": True}, "exact=True promises the bits of one process"),
         ({"dispatch": "auto", "timeout_seconds": -1.0}, "time-out is -1 s; it must be above 0"),
     ],

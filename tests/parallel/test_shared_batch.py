@@ -13,7 +13,6 @@ from moe_runtime.parallel.ledger import Ledger
 from moe_runtime.parallel.plan import ExpertPlan, linear_placement
 from moe_runtime.parallel.shared_batch import SharedBatch
 from moe_runtime.parallel.traffic import (
-    RowBytes,
     auto_bytes,
     shared_slices_bytes,
     shared_sums_bytes,
@@ -69,7 +68,7 @@ def test_the_way_that_moves_fewer_bytes_gives_the_sum(
     for one in done:
         assert one["output"] == expected
         assert one["sent"].num_bytes == one["sent"].predicted_bytes == one["torch_bytes"]
-    size = RowBytes.of(rows.hidden, rows.weights)
+    size = rows.row_bytes()
     bounds = [num_tokens * rank // num_ranks for rank in range(num_ranks + 1)]
     slices = np.diff(bounds)
     counts = np.array(

@@ -76,6 +76,7 @@ def expected(batches: dict[str, list[Batch]]) -> dict[str, list[list[int]]]:
         ("mixtral", 2, "alltoall", None, "100%"),
         ("mixtral", 4, "auto", shuffled("mixtral", 4, nodes=2, replicas=1), "50%"),
         ("mixtral", 4, "allreduce", None, "50%"),
+        ("mixtral", 4, "hierarchical", shuffled("mixtral", 4, nodes=2, replicas=1), "100%"),
         ("deepseek", 2, "auto", None, "100%"),
         ("deepseek", 2, "allreduce", shuffled("deepseek", 2, replicas=3), "50%"),
         ("deepseek", 4, "alltoall", shuffled("deepseek", 4, replicas=2), "50%"),
@@ -124,6 +125,22 @@ def test_tokens_are_those_of_one_process(
 
 def placement_extra(placement: Placement) -> int:
     return placement.num_layers * (placement.num_slots - placement.num_experts)
+
+
+@pytest.mark.filterwarnings("ignore:hidden states are rounded to int8")
+def test_a_rounded_payload_is_for_those_who_ask(
+    pool: RankPool, batches: dict[str, list[Batch]]
+) -> None:
+    """Law: fewer bytes, counted as foretold, and the report names it; its tokens are its own."""
+    by_rank = [batches["mixtral"][1:2], batches["mixtral"][2:]]
+    folder = str(FOLDERS["mixtral"])
+    options = (folder, by_rank, 1, "alltoall", None, "100%")
+    exact = pool.run(generate_on_ranks, *options, num_ranks=2)
+    rounded = pool.run(generate_on_ranks, *options, "int8", num_ranks=2)
+    for one, other in zip(rounded, exact, strict=True):
+        mine, theirs = one["report"]["parallel"], other["report"]["parallel"]
+        assert (mine["payload"], theirs["payload"]) == ("int8", "exact")
+        assert mine["moe_bytes"] == mine["moe_predicted_bytes"] < 0.5 * theirs["moe_bytes"]
 
 
 def test_a_rank_that_is_asked_to_stop_ends_all_at_the_next_token(

@@ -33,6 +33,7 @@ from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.quantised_map import QuantisedMap
 from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.migrate import Stored
 from moe_runtime.recording.run_recorder import NUM_SPANS, RunRecorder
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
@@ -98,6 +99,8 @@ class Handle:
         self._before_close: list[Callable[[], object]] = []
         for layer, (site, math) in enumerate(zip(sites, maths, strict=True)):
             self._attach(layer, site, math)
+        if parallel is not None and isinstance(engine, ExpertEngine):
+            parallel.store_in(Stored(engine, budget.kind.name))
         for name, tensor in mapped.items():
             self._check_before_use(root.get_submodule(name.rpartition(".")[0]), tensor)
         root.__dict__[_ATTRIBUTE] = self

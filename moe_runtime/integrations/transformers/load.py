@@ -68,6 +68,8 @@ def load(
     mesh: Any = None,
     placement: str | Path | Placement | None = None,
     dispatch: str | None = None,
+    payload: str = "exact",
+    pipeline: int | str | Path = 1,
     timeout_seconds: float | None = None,
     revision: str | None = None,
     subfolder: str = "",
@@ -109,10 +111,14 @@ def load(
 
     On several ranks, `mesh` (a torch DeviceMesh of one dimension; without it, all that torchrun has
     started), `placement` (a file; without it experts e * G / E on rank e) or `dispatch` ('auto',
-    'alltoall', 'allreduce') shares the experts among them: each rank reads its own, and
-    `expert_memory` is for these. Ranks generate from prompts of their own, in step;
-    `handle(model).parallel.finish()` follows each rank's last. `timeout_seconds` is how long a rank
-    waits for another, where the process group is made here.
+    'alltoall', 'allreduce', 'hierarchical') shares the experts among them: each rank reads its
+    own, and `expert_memory` is for these. Ranks generate from prompts of their own, in step;
+    `handle(model).parallel.finish()` follows each rank's last, and
+    `handle(model).parallel.ask_to_migrate(placement)` moves experts meanwhile. `payload` 'bfloat16'
+    or 'int8' rounds hidden states in messages: a lossy choice, never made for you. `pipeline`
+    chunks of a layer's tokens let messages and computing overlap: a number, or a file of
+    `moe-runtime probe --collectives`, by which each forward has the best.
+    `timeout_seconds` is how long a rank waits for another, where the process group is made here.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
     files), UnsupportedModelError (no experts, otherwise quantised, unknown family), PredictorError
@@ -152,6 +158,8 @@ def load(
         mesh=mesh,
         placement=placement,
         dispatch=dispatch,
+        payload=payload,
+        pipeline=pipeline,
         timeout_seconds=timeout_seconds,
         device=device,
         exact=exact,
@@ -220,6 +228,12 @@ def load(
         warnings.warn(
             f"experts are rounded to {expert_dtype} when they are read: outputs differ from the "
             "unmodified model's",
+            stacklevel=2,
+        )
+    if payload != "exact" and ranks is not None and ranks.world.num_ranks > 1:
+        warnings.warn(
+            f"hidden states are rounded to {payload} when they travel between ranks: outputs "
+            "differ from the unmodified model's",
             stacklevel=2,
         )
     logger.info("%s: %s", model, handle.placement())

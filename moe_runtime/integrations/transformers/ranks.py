@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import Survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
-from moe_runtime.parallel.expert_parallel import DISPATCHES, ExpertParallel
+from moe_runtime.parallel.degree import Degree, FittedDegree, FixedDegree
+from moe_runtime.parallel.expert_parallel import ExpertParallel, check_dispatch
+from moe_runtime.parallel.payload import ExactPayload
 from moe_runtime.parallel.plan import ExpertPlan, check_placement, linear_placement
 from moe_runtime.parallel.world import World, check_agreement, started_ranks
+from moe_runtime.perf.interconnect import Interconnect
 from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
 
@@ -29,6 +33,8 @@ class Ranks:
     world: World
     placement: Placement | None
     dispatch: str
+    payload: str
+    pipeline: int | Interconnect
 
     @classmethod
     def join(
@@ -37,6 +43,8 @@ class Ranks:
         mesh: Any,
         placement: str | Path | Placement | None,
         dispatch: str | None,
+        payload: str,
+        pipeline: int | str | Path,
         timeout_seconds: float | None,
         device: torch.device,
         exact: bool,
@@ -49,11 +57,19 @@ class Ranks:
                     "timeout_seconds has no effect on one process; give mesh=, placement= or "
                     "dispatch= too"
                 )
+            given = {"payload": payload, "pipeline": pipeline}
+            usual = {"payload": ExactPayload.name, "pipeline": 1}
+            for name, value in given.items():
+                if value != usual[name]:
+                    raise ParallelError(
+                        f"{name}={value!r} has no effect on one process; give mesh=, placement= or "
+                        "dispatch= too"
+                    )
             return None
-        if dispatch is not None and dispatch not in DISPATCHES:
-            raise ValueError(
-                f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}"
-            )
+        check_dispatch(dispatch or "auto", payload)
+        chunks = pipeline if isinstance(pipeline, int) else Interconnect.load(Path(pipeline))
+        if isinstance(chunks, int) and chunks < 1:
+            raise ValueError(f"pipeline is {chunks}; a layer runs in 1 chunk or more")
         if exact:
             raise ParallelError(
                 "exact=True promises the bits of one process, and ranks add up partial sums in "
@@ -76,7 +92,13 @@ class Ranks:
                 num_ranks=num_ranks,
             )
         world = World.join(mesh, device=device, timeout_seconds=timeout_seconds)
-        return cls(world=world, placement=placement, dispatch=dispatch or "auto")
+        return cls(
+            world=world,
+            placement=placement,
+            dispatch=dispatch or "auto",
+            payload=payload,
+            pipeline=chunks,
+        )
 
     def share(
         self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
@@ -87,7 +109,14 @@ class Ranks:
         """
         try:
             check_agreement(self.world.ledger, self._facts(found, checkpoint, settings))
-            return ExpertParallel(self.world, self._plan(found.sites), self.dispatch)
+            plan = self._plan(found.sites)
+            return ExpertParallel(
+                self.world,
+                plan,
+                self.dispatch,
+                payload=self.payload,
+                degree=self._degree(plan, found.sites[0]),
+            )
         except BaseException:
             self.world.close(orderly=False)
             raise
@@ -112,6 +141,18 @@ class Ranks:
         )
         return ExpertPlan.of(placement, world.rank)
 
+    def _degree(self, plan: ExpertPlan, site: ExpertSite) -> Degree:
+        if isinstance(self.pipeline, int):
+            return FixedDegree(self.pipeline)
+        matrices = [p.shape for p in site.parameters if len(p.shape) > 1]
+        return FittedDegree(
+            interconnect=self.pipeline,
+            dispatch=self.dispatch,
+            num_ranks=plan.num_ranks,
+            num_experts=plan.num_experts,
+            expert_weights=sum(map(prod, matrices)),
+        )
+
     def _facts(
         self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
     ) -> dict[str, str]:
@@ -129,6 +170,8 @@ class Ranks:
             "dtype": next(iter(found.dtypes.values())),
             "placement": _digest(slots + str(nodes).encode()),
             "dispatch": self.dispatch,
+            "payload": self.payload,
+            "pipeline": _digest(repr(self.pipeline).encode()),
         }
         return {name: str(value) for name, value in (facts | dict(settings)).items()}
 

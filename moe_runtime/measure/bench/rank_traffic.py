@@ -15,6 +15,7 @@ from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher, Visits
 from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
+from moe_runtime.parallel.hierarchical import HierarchicalDispatcher, node_visits
 from moe_runtime.parallel.ledger import Ledger
 from moe_runtime.parallel.plan import ExpertPlan
 from moe_runtime.parallel.traffic import (
@@ -23,6 +24,8 @@ from moe_runtime.parallel.traffic import (
     allreduce_bytes,
     alltoall_bytes,
     auto_bytes,
+    deepspeed_bytes,
+    hierarchical_bytes,
     transformers_all_reduce_bytes,
     transformers_all_to_all_bytes,
 )
@@ -33,6 +36,8 @@ Array = np.ndarray[Any, Any]
 WITHOUT_DEDUPLICATION = "alltoall, a row each pair"
 PEER_ALL_TO_ALL = "transformers all_to_all"
 PEER_ALL_REDUCE = "transformers all_reduce"
+PEER_DEEPSPEED = "DeepSpeed-MoE, no drop"
+_PEERS = (PEER_ALL_TO_ALL, PEER_ALL_REDUCE, PEER_DEEPSPEED)
 _DTYPE = torch.bfloat16
 _SEED = 0
 
@@ -46,6 +51,7 @@ class TrafficRow:
     tokens_per_rank: int
     tokens: int  # that the formula saw
     bytes_per_token_layer: float
+    bytes_between_nodes: float  # of them, those that leave a node
     ratio: float  # to a row each pair, under the placement of equal parts
     counted_bytes: int | None
     counted_formula_bytes: int | None
@@ -102,8 +108,8 @@ def routing_of(topk: Array, *, top_k: int | None, source: str) -> Array:
 
 def formula_bytes(
     replay: Replay, plans: list[ExpertPlan], batch: Array, layer: int
-) -> dict[str, float]:
-    """Bytes of one layer by dispatcher, all ranks together."""
+) -> dict[str, Array]:
+    """Bytes of one layer by dispatcher, `[G, G]`; of peers where ranks divide the experts."""
     index = torch.from_numpy(batch[:, :, layer].astype(np.int64))
     tokens = np.full(replay.num_ranks, batch.shape[1])
     rows = np.array(
@@ -118,20 +124,48 @@ def formula_bytes(
             for plan, mine in zip(plans, index, strict=True)
         ]
     )
-    alltoall = float(alltoall_bytes(rows, replay.row).sum())
-    allreduce = float(allreduce_bytes(tokens, replay.row).sum())
-    agreed = float(auto_bytes(replay.num_ranks).sum())
-    unneeded = COUNT_BYTES * replay.num_ranks * (replay.num_ranks - 1)
-    return {
+    chosen = np.array(
+        [np.bincount(mine.flatten().numpy(), minlength=replay.num_experts) for mine in index]
+    )
+    alltoall = alltoall_bytes(rows, replay.row)
+    allreduce = allreduce_bytes(tokens, replay.row)
+    counts = COUNT_BYTES * (1 - np.eye(replay.num_ranks, dtype=int))
+    is_fewer = allreduce.sum() <= (alltoall - counts).sum()
+    found = {
         AllToAllDispatcher.name: alltoall,
-        WITHOUT_DEDUPLICATION: float(alltoall_bytes(pairs, replay.row_of_pair).sum()),
+        WITHOUT_DEDUPLICATION: alltoall_bytes(pairs, replay.row_of_pair),
         AllReduceDispatcher.name: allreduce,
-        AutoDispatcher.name: agreed + min(alltoall - unneeded, allreduce),
-        PEER_ALL_TO_ALL: float(
-            transformers_all_to_all_bytes(pairs, replay.row, replay.num_experts).sum()
-        ),
-        PEER_ALL_REDUCE: float(transformers_all_reduce_bytes(tokens, replay.row).sum()),
+        AutoDispatcher.name: auto_bytes(replay.num_ranks)
+        + (allreduce if is_fewer else alltoall - counts),
     }
+    if plans[0].num_nodes > 1:
+        between, within = _rows_by_node(plans, layer, index)
+        found[HierarchicalDispatcher.name] = hierarchical_bytes(
+            between, within, replay.row, plans[0].num_nodes
+        )
+    if replay.num_experts % replay.num_ranks:  # peers refuse that
+        return found
+    return found | {
+        PEER_ALL_TO_ALL: transformers_all_to_all_bytes(pairs, replay.row, replay.num_experts),
+        PEER_ALL_REDUCE: transformers_all_reduce_bytes(tokens, replay.row),
+        PEER_DEEPSPEED: deepspeed_bytes(chosen, replay.row),
+    }
+
+
+def _rows_by_node(plans: list[ExpertPlan], layer: int, index: torch.Tensor) -> tuple[Array, Array]:
+    """Rows `[G, G]` that go to peers on other nodes, and from there, or at once, within a node."""
+    visits = [node_visits(plan, layer, mine) for plan, mine in zip(plans, index, strict=True)]
+    between = np.array([visit.counts for visit in visits])
+    within = []
+    for rank, plan in enumerate(plans):
+        others = [g for g in range(len(plans)) if g != rank]
+        passing = []
+        for source in (rank, *others):  # in the order in which the rank hands them on
+            comes = visits[source].to_rank[rank]
+            is_here = visits[source].owner[comes] == rank
+            passing.append(index[source][comes].masked_fill(~is_here, plan.num_experts))
+        within.append(Visits.of(plan, layer, torch.cat(passing)).counts)
+    return between, np.array(within)
 
 
 def send_batch(ledger: Ledger, plan: ExpertPlan, replay: Replay, name: str, batch: Array) -> None:
@@ -175,12 +209,15 @@ def measure_traffic(
                     f"{len(replay.topk)} tokens are fewer than {replay.num_ranks} ranks of {size} "
                     "need; give a longer trace or fewer --tokens"
                 )
-            yardstick = yardstick or sums[WITHOUT_DEDUPLICATION]
+            yardstick = yardstick or float(sums[WITHOUT_DEDUPLICATION].sum())
+            node = np.arange(replay.num_ranks) * placement.nodes // replay.num_ranks
+            leaves_node = node[:, None] != node
             limit = max(sent_tokens, replay.num_ranks * size)
             expected, _ = _sums(replay, plans, replay.batches(size, limit))
-            for name, total in sums.items():
+            for name, matrix in sums.items():
+                total = float(matrix.sum())
                 counted = None
-                if name not in (PEER_ALL_TO_ALL, PEER_ALL_REDUCE):
+                if name not in _PEERS:
                     counted = _count(ledger, plans[ledger.rank], replay, name, size, limit)
                 found.append(
                     TrafficRow(
@@ -189,9 +226,14 @@ def measure_traffic(
                         tokens_per_rank=size,
                         tokens=tokens,
                         bytes_per_token_layer=total / tokens / replay.topk.shape[1],
+                        bytes_between_nodes=float(matrix[leaves_node].sum())
+                        / tokens
+                        / replay.topk.shape[1],
                         ratio=total / yardstick,
                         counted_bytes=counted,
-                        counted_formula_bytes=None if counted is None else round(expected[name]),
+                        counted_formula_bytes=None
+                        if counted is None
+                        else round(expected[name].sum()),
                     )
                 )
             done += 1
@@ -201,14 +243,14 @@ def measure_traffic(
 
 def _sums(
     replay: Replay, plans: list[ExpertPlan], batches: Iterator[Array]
-) -> tuple[dict[str, float], int]:
-    sums: dict[str, float] = {}
+) -> tuple[dict[str, Array], int]:
+    sums: dict[str, Array] = {}
     tokens = 0
     for batch in batches:
         tokens += batch.shape[0] * batch.shape[1]
         for layer in range(batch.shape[2]):
             for name, num_bytes in formula_bytes(replay, plans, batch, layer).items():
-                sums[name] = sums.get(name, 0.0) + num_bytes
+                sums[name] = sums[name] + num_bytes if name in sums else num_bytes
     return sums, tokens
 
 
@@ -228,4 +270,6 @@ def _dispatcher(name: str, plan: ExpertPlan, ledger: Ledger) -> Dispatcher[Any]:
         return AllReduceDispatcher(plan, ledger)
     if name == AutoDispatcher.name:
         return AutoDispatcher(plan, ledger)
+    if name == HierarchicalDispatcher.name:
+        return HierarchicalDispatcher(plan, ledger)
     return AllToAllDispatcher(plan, ledger)
