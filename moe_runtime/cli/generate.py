@@ -12,6 +12,7 @@ from moe_runtime.cli.options import (
     OUTPUT_PANEL,
     RANKS_PANEL,
     TEXT_PANEL,
+    AttentionOption,
     Chat,
     DeviceOption,
     DispatchOption,
@@ -33,6 +34,7 @@ from moe_runtime.cli.options import (
     PredictorOption,
     Revision,
     Seed,
+    TablesOption,
     Temperature,
     TimeoutSeconds,
     TrustRemoteCode,
@@ -153,6 +155,8 @@ def generate(
         ),
     ] = None,
     dispatch: DispatchOption = None,
+    attention: AttentionOption = None,
+    tables: TablesOption = None,
     timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
 ) -> None:
@@ -197,6 +201,8 @@ def generate(
         check=check,
         placement=None if placement is None else str(placement),
         dispatch=dispatch,
+        attention=attention,
+        tables=None if tables is None else str(tables),
         timeout_seconds=timeout_seconds,
     )
     if request.is_parallel:

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,6 +60,15 @@ class Dispatch(StrEnum):
     AUTO = "auto"
     ALLTOALL = "alltoall"
     ALLREDUCE = "allreduce"
+    COHERENT = "coherent"
+    SPECULATIVE = "speculative"
+
+
+class Attention(StrEnum):
+    """How ranks share attention."""
+
+    DATA = "data"
+    TENSOR = "tensor"
 
 
 Model = Annotated[
@@ -181,7 +191,26 @@ DispatchOption = Annotated[
     Dispatch | None,
     typer.Option(
         help="Share the experts among the ranks, and move tokens to them: once to each rank that "
-        "holds one of their experts, all to all ranks, or what moves fewer bytes.",
+        "holds one of their experts (alltoall), all to all ranks (allreduce), what of these moves "
+        "fewer bytes (auto), with every rank knowing the context so that they stay there "
+        "(coherent), or from ranks that tables foretell (speculative).",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+AttentionOption = Annotated[
+    Attention | None,
+    typer.Option(
+        help="Each rank runs attention of its own prompts (data), or all ranks run all prompts "
+        "with a share of the heads each (tensor).",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+TablesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="For --dispatch speculative: where tokens should wait, as `placement solve --tables` "
+        "writes it with the placement in use.",
         rich_help_panel=RANKS_PANEL,
     ),
 ]

@@ -55,12 +55,15 @@ class GenerationRequest:
     check: bool = False
     placement: str | None = None
     dispatch: str | None = None
+    attention: str | None = None
+    tables: str | None = None
     timeout_seconds: float | None = None
 
     @property
     def is_parallel(self) -> bool:
         """Whether ranks are to share the experts."""
-        return self.placement is not None or self.dispatch is not None
+        options = (self.placement, self.dispatch, self.attention, self.tables)
+        return any(option is not None for option in options)
 
 
 class Listener(Protocol):
@@ -230,6 +233,8 @@ def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTr
         device_map=request.device,
         placement=request.placement,
         dispatch=request.dispatch,
+        attention=request.attention,
+        tables=request.tables,
         timeout_seconds=request.timeout_seconds,
         trust_remote_code=request.trust_remote_code,
         dtype=request.dtype,

@@ -14,23 +14,28 @@ from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher
 from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
-from moe_runtime.parallel.ledger import CONTROL
+from moe_runtime.parallel.ledger import ATTENTION, CONTEXT, CONTROL
 from moe_runtime.parallel.local import LocalDispatcher
+from moe_runtime.parallel.local_activations import LocalActivations
 from moe_runtime.parallel.plan import ExpertPlan
 from moe_runtime.parallel.world import World
 
-DISPATCHES = ("auto", "alltoall", "allreduce")
+DISPATCHES = ("auto", "alltoall", "allreduce", "coherent", "speculative")
+ATTENTIONS = ("data", "tensor")  # whole, for prompts of a rank's own; a share of the heads
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # `[T, D]`, `[T, K]`, `[T, K]` -> weighted sum of the experts that are here, `[T, D]`.
 ComputeExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# What an experts module gets, `[T, D]`, where decoder layers are stepped from outside.
+AnswerExperts = Callable[[int, Rows], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
     """One forward of the ranks that have tokens; the others take part without any."""
 
     tokens_by_rank: list[int]
+    extras_by_rank: list[int]  # rows that stand behind those of tokens, in what follows
     is_stop_asked: bool
     empty: Rows  # no rows, in the sizes and dtypes of this forward
 
@@ -51,9 +56,14 @@ class ExpertParallel:
         self.world = world
         self.plan = plan
         world.ledger.num_nodes = plan.num_nodes
+        self.dispatch = dispatch if world.num_ranks > 1 else LocalDispatcher.name
         self.dispatcher = make_dispatcher(dispatch, world, plan)
         self._layers: list[ComputeExperts] = []
-        self._step: _Step | None = None
+        self._answer: AnswerExperts | None = None
+        self._take_part: Callable[[], bool] | None = None
+        self.activations = LocalActivations()
+        self.is_seen_T: torch.Tensor | None = None  # ids of this forward that tables have seen
+        self._step: Step | None = None
         self._next_layer = 0
         self._num_steps = 0
         self._wants_stop = False
@@ -64,6 +74,31 @@ class ExpertParallel:
         """Add the next MoE layer; returns its number."""
         self._layers.append(compute)
         return len(self._layers) - 1
+
+    def hand_over(
+        self, answer: AnswerExperts | None, take_part: Callable[[], bool] | None = None
+    ) -> None:
+        """Let `answer` stand for the experts, as decoder layers are stepped from outside.
+
+        `take_part` joins a forward without tokens, and returns False if no rank has one.
+        """
+        self._answer, self._take_part = answer, take_part
+
+    def compute(self, layer: int, rows: Rows) -> torch.Tensor:
+        """What the experts that are here make of `rows`."""
+        return self._layers[layer](rows.hidden, rows.index, rows.weights)
+
+    def begin(self, rows: Rows | None, *, num_extra: int = 0) -> Step:
+        """Agree on a forward that is stepped from outside; `end` follows. Collective."""
+        self._is_together = False
+        self._require_between_forwards()
+        step = self._agree(rows, num_extra)
+        self._next_layer = int(not step.is_idle)
+        return step
+
+    def end(self) -> None:
+        """Every layer of the forward has run."""
+        self._next_layer = 0
 
     @property
     def is_stop_asked(self) -> bool:
@@ -82,8 +117,10 @@ class ExpertParallel:
         top_k_weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """`[T, D]`: each token's experts, wherever they are."""
-        self._is_together = False
         rows = Rows(hidden_TD, top_k_index_TK, top_k_weights_TK)
+        if self._answer is not None:
+            return self._answer(layer, rows)
+        self._is_together = False
         if layer == 0:
             self._begin(rows)
         step = self._step
@@ -99,6 +136,9 @@ class ExpertParallel:
                 f"{step.tokens_by_rank[self.world.rank]}; expert parallelism needs the same tokens "
                 "in every MoE layer of a forward"
             )
+        if self.is_seen_T is not None:
+            owner = self.plan.nearest.owners(layer, rows.index, first_turn=self.plan.rank)
+            self.activations.add(owner == self.plan.rank, self.is_seen_T)
         return self._run_layer(layer, rows, step)
 
     def finish(self) -> None:
@@ -107,7 +147,9 @@ class ExpertParallel:
         To be called by every rank after its last forward, and before `agree` or `close`.
         """
         self._require_between_forwards()
-        while True:
+        while self._take_part is not None and self._take_part():
+            pass
+        while self._take_part is None:
             step = self._agree(None)
             if step.is_idle:
                 break
@@ -137,7 +179,7 @@ class ExpertParallel:
             "rank": ledger.rank,
             "ranks": ledger.num_ranks,
             "nodes": ledger.num_nodes,
-            "dispatch": self.dispatcher.name,
+            "dispatch": self.dispatch,
             "chosen": chosen,
             "experts_held": self.plan.num_held,
             "forwards": self._num_steps,
@@ -151,7 +193,10 @@ class ExpertParallel:
             ),
             "moe_bytes": sum(sum(line.num_bytes) for line in layers.values()),
             "moe_predicted_bytes": sum(sum(line.predicted_bytes) for line in layers.values()),
-            "per_layer_bytes": [sum(line.num_bytes) for line in layers.values()],
+            "context_bytes": sum(layers[CONTEXT].num_bytes) if CONTEXT in layers else 0,
+            "attention_bytes": sum(layers[ATTENTION].num_bytes) if ATTENTION in layers else 0,
+            "activations": self.activations.report(),
+            "per_layer_bytes": [sum(line.num_bytes) for n, line in layers.items() if n >= 0],
             "calls": ledger.calls(),
         }
 
@@ -168,28 +213,33 @@ class ExpertParallel:
                 f"{self._next_layer}, and the other ranks are behind it; load the model again"
             )
 
-    def _agree(self, rows: Rows | None) -> _Step:
+    def _agree(self, rows: Rows | None, num_extra: int = 0) -> Step:
         """The next forward, as all ranks have it; `rows` are this rank's, None if it is done."""
-        mine = [0, int(self._wants_stop), 0, 0, 0, 0, 0]
+        mine = [0, int(self._wants_stop), num_extra, 0, 0, 0, 0, 0]
         if rows is not None:
-            mine = [len(rows), int(self._wants_stop), *_shape_code(rows)]
+            mine = [len(rows), int(self._wants_stop), num_extra, *_shape_code(rows)]
         ledger = self.world.ledger
         sent = torch.tensor(mine, dtype=torch.int32, device=ledger.device)
         heard = ledger.all_gather(CONTROL, sent).tolist()  # sync: the host plans the forward
         tokens = [line[0] for line in heard]
-        shapes = {tuple(line[2:]) for line in heard if line[0]}
+        shapes = {tuple(line[3:]) for line in heard if line[0]}
         if len(shapes) > 1:
             raise ParallelError(
                 "ranks disagree on the shape of rows (model dim, top-k and dtypes, as numbers): "
                 f"{sorted(shapes)}; load the same model with the same dtype on every rank"
             )
         shape = next(iter(shapes), (0, 0, 0, 0, 0))
-        step = _Step(tokens, any(line[1] for line in heard), _empty_rows(shape, ledger.device))
+        step = Step(
+            tokens,
+            [line[2] for line in heard],
+            any(line[1] for line in heard),
+            _empty_rows(shape, ledger.device),
+        )
         self._step = step
         self._num_steps += not step.is_idle
         return step
 
-    def _run_layer(self, layer: int, rows: Rows, step: _Step) -> torch.Tensor:
+    def _run_layer(self, layer: int, rows: Rows, step: Step) -> torch.Tensor:
         here, state = self.dispatcher.dispatch(layer, rows, step.tokens_by_rank)
         output = (
             self._layers[layer](here.hidden, here.index, here.weights) if len(here) else here.hidden
@@ -200,7 +250,10 @@ class ExpertParallel:
 
 
 def make_dispatcher(name: str, world: World, plan: ExpertPlan) -> Dispatcher[Any]:
-    """The dispatcher of that name; that of one process where there is one."""
+    """The dispatcher of that name; that of one process where there is one.
+
+    Under coherent and speculative dispatch it serves what is not stepped from outside.
+    """
     if name not in DISPATCHES:
         raise ValueError(f"dispatch {name!r} is unknown; choose from {', '.join(DISPATCHES)}")
     if world.num_ranks == 1:

@@ -15,15 +15,15 @@ def unpack_rows(packed: torch.Tensor, like: Rows) -> Rows:
     """Of what `pack_rows` made, in the dtypes and sizes of `like`."""
     hidden_bytes = like.hidden.shape[1] * like.hidden.element_size()
     weight_bytes = like.weights.shape[1] * like.weights.element_size()
-    index = _columns(packed, hidden_bytes + weight_bytes, packed.shape[1], torch.int16)
+    index = columns(packed, hidden_bytes + weight_bytes, packed.shape[1], torch.int16)
     return Rows(
-        _columns(packed, 0, hidden_bytes, like.hidden.dtype),
+        columns(packed, 0, hidden_bytes, like.hidden.dtype),
         index.to(like.index.dtype),
-        _columns(packed, hidden_bytes, hidden_bytes + weight_bytes, like.weights.dtype),
+        columns(packed, hidden_bytes, hidden_bytes + weight_bytes, like.weights.dtype),
     )
 
 
-def _columns(packed: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
+def columns(packed: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
     """Bytes `begin` to `end` of every row, in memory of their own.
 
     Not by `contiguous()`, which leaves one row where it is, maybe not aligned for `dtype`.

@@ -14,6 +14,8 @@ Array = np.ndarray[Any, Any]
 
 COUNT_BYTES = 4  # of a row count in our messages
 INDEX_BYTES = 2  # of an expert id
+CHOICE_BYTES = 2  # of the rank that was chosen for an expert
+NUMBER_BYTES = 4  # of a row's number, of a sequence's and of a position
 _PEER_COUNT_BYTES = 8  # of a count in transformers' messages, one an expert
 
 
@@ -54,6 +56,25 @@ def allreduce_bytes(tokens: Array, row: RowBytes) -> Array:
     """Every rank's tokens, filled up to the most, to every rank, and their partial sums back."""
     num_ranks = len(tokens)
     return _off_rank(np.full((num_ranks, num_ranks), int(tokens.max()) * (row.routed + row.hidden)))
+
+
+def coherent_bytes(rows: Array, sums: Array, row: RowBytes, top_k: int) -> Array:
+    """One MoE layer: counts of two kinds to all, `rows` one way, `sums[r, d]` to where rows stay.
+
+    `rows[r, d]` counts tokens of rank r that have an expert on rank d or go on there.
+    """
+    traveller = row.routed + top_k * CHOICE_BYTES + NUMBER_BYTES
+    return _off_rank(rows * traveller + sums * row.hidden + 2 * len(rows) * COUNT_BYTES)
+
+
+def context_bytes(rows: Array, kv_bytes: int) -> Array:
+    """One decoder layer: keys and values of `rows [G]`, with their numbers, to every rank."""
+    return _off_rank(np.tile(rows[:, None] * (kv_bytes + NUMBER_BYTES), len(rows)))
+
+
+def announced_bytes(tokens: Array) -> Array:
+    """Once a forward: sequence and position of every token to every rank."""
+    return _off_rank(np.tile(tokens[:, None] * (2 * NUMBER_BYTES), len(tokens)))
 
 
 def shared_slices_bytes(rows: Array, slices: Array, row: RowBytes) -> Array:

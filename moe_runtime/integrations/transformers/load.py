@@ -34,6 +34,7 @@ from moe_runtime.integrations.transformers.linears import speed_up_linears
 from moe_runtime.integrations.transformers.ranks import Ranks, check_maths
 from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.integrations.transformers.stepping import step_layers
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ from moe_runtime.memory.scaled_tensor import ScaledTensor
 from moe_runtime.memory.tensor_map import TensorMap
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import own_device
+from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
 
@@ -68,6 +70,8 @@ def load(
     mesh: Any = None,
     placement: str | Path | Placement | None = None,
     dispatch: str | None = None,
+    attention: str | None = None,
+    tables: str | Path | DeviceTables | None = None,
     timeout_seconds: float | None = None,
     revision: str | None = None,
     subfolder: str = "",
@@ -109,9 +113,11 @@ def load(
 
     On several ranks, `mesh` (a torch DeviceMesh of one dimension; without it, all that torchrun has
     started), `placement` (a file; without it experts e * G / E on rank e) or `dispatch` ('auto',
-    'alltoall', 'allreduce') shares the experts among them: each rank reads its own, and
-    `expert_memory` is for these. Ranks generate from prompts of their own, in step;
-    `handle(model).parallel.finish()` follows each rank's last. `timeout_seconds` is how long a rank
+    'alltoall', 'allreduce', 'coherent', 'speculative') shares the experts among them: each rank
+    reads its own, and `expert_memory` is for these. Ranks generate from prompts of their own, in
+    step; `handle(model).parallel.finish()` follows each rank's last. With `attention` 'tensor'
+    ranks have a share of the heads each, and run the same prompts. `tables`, for 'speculative', is what
+    `placement solve --tables` wrote with the placement. `timeout_seconds` is how long a rank
     waits for another, where the process group is made here.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
@@ -135,7 +141,7 @@ def load(
     may_shrink = memory == ExpertMemory()
     tiers = TierSettings.parse(host_memory, miss, may_shrink=may_shrink, exact=exact)
     device = single_device(device_map)
-    if any(option is not None for option in (mesh, placement, dispatch)):
+    if any(option is not None for option in (mesh, placement, dispatch, attention, tables)):
         device = own_device(device)
     resolved = resolve_model(
         model,
@@ -152,6 +158,8 @@ def load(
         mesh=mesh,
         placement=placement,
         dispatch=dispatch,
+        attention=attention,
+        tables=tables,
         timeout_seconds=timeout_seconds,
         device=device,
         exact=exact,
@@ -210,6 +218,8 @@ def load(
             speed_up_linears(result)
         origin = Origin.of(resolved.folder, handle)
         foresee(result, handle, predictor, origin)
+        if ranks is not None:
+            step_layers(result, handle, ranks)
         # What another run had in its cache may be another rank's.
         if warm_start and ranks is None:
             start_warm(handle, None if warm_start is True else Path(warm_start), origin)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import Survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
-from moe_runtime.parallel.expert_parallel import DISPATCHES, ExpertParallel
+from moe_runtime.parallel.expert_parallel import ATTENTIONS, DISPATCHES, ExpertParallel
 from moe_runtime.parallel.plan import ExpertPlan, check_placement, linear_placement
 from moe_runtime.parallel.world import World, check_agreement, started_ranks
+from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
 
@@ -29,6 +30,8 @@ class Ranks:
     world: World
     placement: Placement | None
     dispatch: str
+    attention: str
+    tables: DeviceTables | None
 
     @classmethod
     def join(
@@ -37,23 +40,22 @@ class Ranks:
         mesh: Any,
         placement: str | Path | Placement | None,
         dispatch: str | None,
+        attention: str | None,
+        tables: str | Path | DeviceTables | None,
         timeout_seconds: float | None,
         device: torch.device,
         exact: bool,
         predictor: str | Path,
     ) -> "Ranks | None":
         """Meet the others if any option asks for it. Raises ParallelError and PlacementError."""
-        if mesh is None and placement is None and dispatch is None:
+        if all(option is None for option in (mesh, placement, dispatch, attention, tables)):
             if timeout_seconds is not None:
                 raise ParallelError(
                     "timeout_seconds has no effect on one process; give mesh=, placement= or "
                     "dispatch= too"
                 )
             return None
-        if dispatch is not None and dispatch not in DISPATCHES:
-            raise ValueError(
-                f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}"
-            )
+        dispatch, attention = _modes(dispatch, attention, has_tables=tables is not None)
         if exact:
             raise ParallelError(
                 "exact=True promises the bits of one process, and ranks add up partial sums in "
@@ -66,6 +68,8 @@ class Ranks:
             )
         if placement is not None and not isinstance(placement, Placement):
             placement = Placement.load(placement)
+        if tables is not None and not isinstance(tables, DeviceTables):
+            tables = DeviceTables.load(tables)
         started = started_ranks()
         num_ranks = mesh.size() if mesh is not None else started
         if placement is not None and num_ranks is not None and placement.gpus != num_ranks:
@@ -76,7 +80,13 @@ class Ranks:
                 num_ranks=num_ranks,
             )
         world = World.join(mesh, device=device, timeout_seconds=timeout_seconds)
-        return cls(world=world, placement=placement, dispatch=dispatch or "auto")
+        return cls(
+            world=world,
+            placement=placement,
+            dispatch=dispatch,
+            attention=attention,
+            tables=tables,
+        )
 
     def share(
         self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
@@ -117,7 +127,7 @@ class Ranks:
     ) -> dict[str, str]:
         config = json.dumps(found.model.config.to_dict(), sort_keys=True, default=str)
         tensors = [(n, t.dtype, tuple(t.shape), t.offset) for n, t in sorted(checkpoint.items())]
-        placement = self.placement
+        placement, tables = self.placement, self.tables
         slots = b"none" if placement is None else placement.slots.tobytes()
         nodes = 1 if placement is None else placement.nodes
         facts: dict[str, object] = {
@@ -129,6 +139,8 @@ class Ranks:
             "dtype": next(iter(found.dtypes.values())),
             "placement": _digest(slots + str(nodes).encode()),
             "dispatch": self.dispatch,
+            "attention": self.attention,
+            "tables": _digest(b"none" if tables is None else _bytes_of(tables)),
         }
         return {name: str(value) for name, value in (facts | dict(settings)).items()}
 
@@ -142,6 +154,32 @@ def check_maths(sites: list[ExpertSite], maths: list[LayerMath | TieredMath | No
                 "uses; expert parallelism needs experts of transformers' common interface "
                 "(docs/families.md): leave out mesh, placement and dispatch"
             )
+
+
+def _modes(dispatch: str | None, attention: str | None, *, has_tables: bool) -> tuple[str, str]:
+    """What was asked for, with what stands for nothing; raises ValueError and ParallelError."""
+    attention = attention or ATTENTIONS[0]
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention {attention!r} is unknown; choose from {', '.join(ATTENTIONS)}")
+    is_shared = attention == "tensor"
+    dispatch = dispatch or ("speculative" if has_tables else "alltoall" if is_shared else "auto")
+    if dispatch not in DISPATCHES:
+        raise ValueError(f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}")
+    if is_shared and dispatch not in ("alltoall", "speculative"):
+        raise ParallelError(
+            f"attention 'tensor' sums rows where their experts are, and dispatch {dispatch!r} "
+            "moves them otherwise; choose alltoall, or speculative with tables"
+        )
+    if has_tables != (dispatch == "speculative"):
+        raise ParallelError(
+            "dispatch 'speculative' looks tokens up in tables, which no other does; give both "
+            "dispatch='speculative' and tables=, as `placement solve --tables` writes them"
+        )
+    return dispatch, attention
+
+
+def _bytes_of(tables: DeviceTables) -> bytes:
+    return b"".join(getattr(tables, field.name).tobytes() for field in fields(tables))
 
 
 def _digest(data: bytes) -> str:

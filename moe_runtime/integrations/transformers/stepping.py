@@ -1,0 +1,47 @@
+"""Chooses what steps a model's decoder layers on several ranks, if transformers itself does not."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_runtime.integrations.transformers.coherent import step_coherently
+from moe_runtime.integrations.transformers.forward_rows import named_arguments
+from moe_runtime.integrations.transformers.handle import Handle
+from moe_runtime.integrations.transformers.ranks import Ranks
+from moe_runtime.integrations.transformers.tensor_attention import share_attention
+from moe_runtime.parallel.coherent import CoherentDispatcher
+from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.waiting_ranks import WaitingRanks
+
+
+def step_layers(model: PreTrainedModel, owner: Handle, ranks: Ranks) -> None:
+    """Raises UnsupportedModelError and PlacementError; with one rank everything stays as it is."""
+    parallel = owner.parallel
+    assert parallel is not None
+    if parallel.world.num_ranks == 1:
+        return
+    if parallel.dispatch == CoherentDispatcher.name:
+        step_coherently(model, owner)
+    elif ranks.attention == "tensor":
+        share_attention(model, owner, ranks.tables)
+    elif ranks.tables is not None:
+        waiting = WaitingRanks.of(ranks.tables, parallel.plan, parallel.world.ledger.device)
+        hook = model.base_model.register_forward_pre_hook(
+            _NoteIds(parallel, waiting), with_kwargs=True
+        )
+        owner.on_detach(hook.remove)
+
+
+class _NoteIds:
+    """Tells, before a forward, which of its tokens the tables have seen."""
+
+    def __init__(self, parallel: ExpertParallel, waiting: WaitingRanks) -> None:
+        self._parallel = parallel
+        self._waiting = waiting
+
+    def __call__(self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids: torch.Tensor | None = named_arguments(base, args, kwargs).get("input_ids")
+        self._parallel.is_seen_T = (
+            None if ids is None else self._waiting.is_seen(self._waiting.rows(ids.flatten()))
+        )
