@@ -18,6 +18,7 @@ from moe_runtime.trace_file import read_npz
 Array = np.ndarray[Any, Any]
 
 _MAX_ALTERNATIONS = 20
+_TINY = float(np.finfo(np.float32).tiny)  # for sums that may be 0, in the dtype of counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,6 +62,8 @@ class DeviceTables:
                 raise PlacementError(
                     f"tables {path}: {name} is {list(table.shape)}, not {list(shape)}; {remedy}"
                 )
+            if name.endswith("confidence") and not ((table >= 0) & (table <= 1)).all():
+                raise PlacementError(f"tables {path}: {name} is not within 0 and 1; {remedy}")
             if name.endswith("group") and table.size and not 0 <= table.min() <= table.max() < G:
                 raise PlacementError(f"tables {path}: {name} names GPUs beyond {G}; {remedy}")
         return made
@@ -167,7 +170,7 @@ def device_tables(
     confidence = np.zeros(group_LV.shape, np.float32)
     for layer, counts_VE in enumerate(counts_LVE):
         inside = (gpu_LE[layer][None, :] == group_LV[layer][:, None]) * counts_VE
-        confidence[layer] = inside.sum(axis=1) / np.maximum(counts_VE.sum(axis=1), 1e-300)
+        confidence[layer] = inside.sum(axis=1) / np.maximum(counts_VE.sum(axis=1), _TINY)
     seen = _bigrams(gpu_LE, traces, G)
     total = seen.sum(axis=-1)
     return DeviceTables(

@@ -77,6 +77,16 @@ def announced_bytes(tokens: Array) -> Array:
     return _off_rank(np.tile(tokens[:, None] * (2 * NUMBER_BYTES), len(tokens)))
 
 
+def shuffled_bytes(tokens: Array, row: RowBytes, *, shows_path: bool) -> Array:
+    """One decoder layer of shared attention: sums to the `tokens [G]` of each rank, rows to all.
+
+    `shows_path`: the rank of a token's first expert comes along, for the tables.
+    """
+    sums = np.tile(tokens * row.hidden, (len(tokens), 1))
+    gathered = tokens * (row.hidden + shows_path * CHOICE_BYTES)
+    return _off_rank(sums + gathered[:, None])
+
+
 def shared_slices_bytes(rows: Array, slices: Array, row: RowBytes) -> Array:
     """All ranks have the same tokens: each sends its `slices [G]` of them, and all get results."""
     return _off_rank(rows * row.routed + rows.T * row.hidden + slices[:, None] * row.hidden)

@@ -116,8 +116,8 @@ def load(
     'alltoall', 'allreduce', 'coherent', 'speculative') shares the experts among them: each rank
     reads its own, and `expert_memory` is for these. Ranks generate from prompts of their own, in
     step; `handle(model).parallel.finish()` follows each rank's last. With `attention` 'tensor'
-    ranks have a share of the heads each, and run the same prompts. `tables`, for 'speculative', is what
-    `placement solve --tables` wrote with the placement. `timeout_seconds` is how long a rank
+    ranks have a share of the heads each, and run the same prompts. `tables`, for 'speculative', is
+    what `placement solve --tables` wrote with the placement. `timeout_seconds` is how long a rank
     waits for another, where the process group is made here.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
