@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -79,9 +79,9 @@ def parallel(
         from moe_runtime.measure.bench.rank_traffic import (
             WITHOUT_DEDUPLICATION,
             Replay,
-            is_whole,
             measure_traffic,
             routing_of,
+            token_ids_of,
         )
         from moe_runtime.measure.bench.stepped_rows import Stepped, measure_stepped
         from moe_runtime.parallel.plan import check_placement, linear_placement
@@ -97,7 +97,7 @@ def parallel(
         stepped = Stepped(
             kv_dim=kv_dim,
             tables=_tables_of(tables, list(given), judged.token_id is not None),
-            token_id=_token_ids(judged.token_id, is_whole(judged.topk)),
+            token_id=token_ids_of(judged.topk, judged.token_id),
         )
         world = World.join(timeout_seconds=timeout_seconds)
     is_together = False
@@ -162,13 +162,6 @@ def _tables_of(
             "--tables looks up token ids, which the trace has not; record it with `trace record`"
         )
     return {placements[0]: DeviceTables.load(file)}
-
-
-def _token_ids(found: Any, whole: Any) -> Any:
-    """`[N]` of the tokens that are replayed, -1 where the trace has none."""
-    import numpy as np
-
-    return np.full(int(whole.sum()), -1) if found is None else found[whole]
 
 
 def _sizes(text: str) -> list[int]:

@@ -89,7 +89,10 @@ class ParallelGeneration:
             "attention_bytes",
         )
         return {
-            **{name: first[name] for name in ("ranks", "nodes", "dispatch", "chosen", "forwards")},
+            **{
+                name: first[name]
+                for name in ("ranks", "nodes", "dispatch", "chosen", "expected_bytes", "forwards")
+            },
             "experts_held": [report["experts_held"] for report in reports],
             "bytes": [report["bytes_to_rank"] for report in reports],
             "messages": [report["messages_to_rank"] for report in reports],

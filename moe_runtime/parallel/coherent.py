@@ -94,9 +94,9 @@ class CoherentDispatcher:
         arrived = unpack_rows(
             came[:, :routed_bytes], Rows(rows.hidden, routed.index, routed.weights)
         )
-        tail_A = columns(came, routed_bytes, packed.shape[1], torch.int16)
-        owner_AK = tail_A[:, :top_k].to(torch.int64)
-        number_A = tail_A[:, top_k:].contiguous().view(torch.int32).squeeze(1)
+        number_begin = packed.shape[1] - NUMBER_BYTES
+        owner_AK = columns(came, routed_bytes, number_begin, torch.int16).to(torch.int64)
+        number_A = columns(came, number_begin, packed.shape[1], torch.int32).squeeze(1)
         is_here = owner_AK == plan.rank
         computed = is_here.any(1).nonzero().squeeze(1)
         here = Rows(

@@ -4,7 +4,7 @@ G ranks, T tokens of this rank, K top-k, D model dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher
 from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
+from moe_runtime.parallel.expected import ExpectedBytes
 from moe_runtime.parallel.ledger import ATTENTION, CONTEXT, CONTROL
 from moe_runtime.parallel.local import LocalDispatcher
 from moe_runtime.parallel.local_activations import LocalActivations
@@ -61,6 +62,7 @@ class ExpertParallel:
         self._layers: list[ComputeExperts] = []
         self._answer: AnswerExperts | None = None
         self._take_part: Callable[[], bool] | None = None
+        self.expected: ExpectedBytes | None = None  # what `auto` chose by when loading
         self.activations = LocalActivations()
         self.is_seen_T: torch.Tensor | None = None  # ids of this forward that tables have seen
         self._step: Step | None = None
@@ -175,12 +177,15 @@ class ExpertParallel:
         node = ledger.node_of(ledger.rank)
         within = [ledger.node_of(g) == node for g in range(ledger.num_ranks)]
         chosen = self.dispatcher.chosen if isinstance(self.dispatcher, AutoDispatcher) else None
+        if chosen is not None and self._take_part is not None:
+            chosen = {"coherent": self._num_steps * len(self._layers)}
         return {
             "rank": ledger.rank,
             "ranks": ledger.num_ranks,
             "nodes": ledger.num_nodes,
             "dispatch": self.dispatch,
             "chosen": chosen,
+            "expected_bytes": None if self.expected is None else asdict(self.expected),
             "experts_held": self.plan.num_held,
             "forwards": self._num_steps,
             "bytes_to_rank": to_rank,

@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from moe_runtime.errors import ParallelError
 from moe_runtime.integrations.transformers.decoder_halves import DecoderHalves
@@ -20,11 +20,10 @@ from moe_runtime.parallel.coherent_forward import CoherentForward
 from moe_runtime.parallel.context import SharedContext
 
 
-def step_coherently(model: PreTrainedModel, owner: Handle) -> None:
-    """From now on rows of `model` stay where their experts are. Raises UnsupportedModelError."""
+def step_coherently(owner: Handle, halves: DecoderHalves) -> None:
+    """From now on rows of the model stay where their experts are."""
     parallel = owner.parallel
     assert parallel is not None
-    halves = DecoderHalves(model, owner.sites, parallel, in_any_order=True)
     ledger = parallel.world.ledger
     forward = CoherentForward(
         parallel,

@@ -5,13 +5,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.integrations.transformers.coherent import step_coherently
+from moe_runtime.integrations.transformers.decoder_halves import DecoderHalves
 from moe_runtime.integrations.transformers.forward_rows import named_arguments
 from moe_runtime.integrations.transformers.handle import Handle
 from moe_runtime.integrations.transformers.ranks import Ranks
 from moe_runtime.integrations.transformers.tensor_attention import share_attention
+from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.coherent import CoherentDispatcher
+from moe_runtime.parallel.expected import ExpectedBytes
 from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.traffic import NUMBER_BYTES
 from moe_runtime.parallel.waiting_ranks import WaitingRanks
 
 
@@ -22,7 +27,9 @@ def step_layers(model: PreTrainedModel, owner: Handle, ranks: Ranks) -> None:
     if parallel.world.num_ranks == 1:
         return
     if parallel.dispatch == CoherentDispatcher.name:
-        step_coherently(model, owner)
+        step_coherently(owner, DecoderHalves(model, owner.sites, parallel, in_any_order=True))
+    elif parallel.dispatch == AutoDispatcher.name:
+        _step_if_less(model, owner)
     elif ranks.attention == "tensor":
         share_attention(model, owner, ranks.tables)
     elif ranks.tables is not None:
@@ -31,6 +38,26 @@ def step_layers(model: PreTrainedModel, owner: Handle, ranks: Ranks) -> None:
             _NoteIds(parallel, waiting), with_kwargs=True
         )
         owner.on_detach(hook.remove)
+
+
+def _step_if_less(model: PreTrainedModel, owner: Handle) -> None:
+    """Coherent dispatch where formulas expect fewer bytes of it, as small keys and values allow."""
+    parallel = owner.parallel
+    assert parallel is not None
+    try:
+        halves = DecoderHalves(model, owner.sites, parallel, in_any_order=True)
+    except UnsupportedModelError:
+        return
+    kv_bytes = sum(shape.num_bytes + NUMBER_BYTES for shape in halves.kv_shapes)
+    parallel.expected = ExpectedBytes.of(
+        num_ranks=parallel.plan.num_ranks,
+        num_experts=parallel.plan.num_experts,
+        top_k=halves.like.index.shape[1],
+        row=halves.like.row_bytes(),
+        kv_bytes_per_moe_layer=kv_bytes / len(owner.sites),
+    )
+    if parallel.expected.is_coherent_least:
+        step_coherently(owner, halves)
 
 
 class _NoteIds:

@@ -94,10 +94,12 @@ class Replay:
         )
 
 
-def is_whole(topk: Array) -> Array:
-    """`[N]` bool: tokens that have all their experts."""
-    whole: Array = (topk >= 0).all(axis=(1, 2))
-    return whole
+def token_ids_of(topk: Array, token_id: Array | None) -> Array:
+    """`[N]` of the tokens of `routing_of`; -1 where the trace has no ids."""
+    if token_id is None:
+        token_id = np.full(len(topk), -1)
+    known: Array = token_id[(topk >= 0).all(axis=(1, 2))]
+    return known
 
 
 def routing_of(topk: Array, *, top_k: int | None, source: str) -> Array:
@@ -107,7 +109,7 @@ def routing_of(topk: Array, *, top_k: int | None, source: str) -> Array:
             f"top_k is {top_k}, and {source} has {topk.shape[2]} experts a token; give a number "
             f"from 1 to {topk.shape[2]}"
         )
-    whole = topk[is_whole(topk)]
+    whole = topk[(topk >= 0).all(axis=(1, 2))]
     if not len(whole):
         raise TraceError(f"{source} has no token whose experts are known in all layers")
     return whole if top_k is None else whole[..., :top_k]
