@@ -51,6 +51,8 @@ moe-runtime generate ./model --prompt "def read(" --expert-memory 33%
 moe-runtime generate org/name --prompts questions.jsonl --chat --temperature 0.7 --json
 
 torchrun --nproc-per-node 4 -m moe_runtime generate ./model --dispatch auto --prompts FILE --json
+
+torchrun --nproc-per-node 4 -m moe_runtime generate M --placement P.json --tables T.npz --prompts F
 """
 
 

@@ -1,5 +1,6 @@
 """Decoder layers that are stepped on ranks: tokens are those of one process, bytes as foretold."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from moe_runtime.errors import ParallelError, PlacementError
 from moe_runtime.integrations.transformers.ranks import Ranks
 from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
+from moe_runtime.trace_file import Member, write_npz
 from tests.parallel.generating import Batch, continue_padded, error_of, generate_with
 from tests.parallel.rank_pool import RankPool
 from tests.parallel.test_tokens_are_the_same import (
@@ -232,6 +234,20 @@ def test_modes_that_contradict_are_refused_before_ranks_meet(
     }  # fmt: skip
     with pytest.raises(error, match=words):
         Ranks.join(**nothing | options)
+
+
+def test_tables_come_back_from_their_file(tmp_path: Path) -> None:
+    """Law: every array as it was; a confidence that is no share is refused by name."""
+    made = random_tables("mixtral", 2, num_ids=9)
+    arrays = {field.name: getattr(made, field.name) for field in fields(made)}
+    file = tmp_path / "tables.npz"
+    write_npz(file, [Member.of(name, array) for name, array in arrays.items()])
+    found = DeviceTables.load(file)
+    assert all(np.array_equal(getattr(found, name), array) for name, array in arrays.items())
+    arrays["token_confidence"] = arrays["token_confidence"] * np.float32(np.nan)
+    write_npz(file, [Member.of(name, array) for name, array in arrays.items()])
+    with pytest.raises(PlacementError, match="token_confidence is not within 0 and 1; make it"):
+        DeviceTables.load(file)
 
 
 def test_tables_that_are_none_are_refused(tmp_path: Path) -> None:

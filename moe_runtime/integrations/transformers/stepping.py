@@ -24,6 +24,9 @@ def step_layers(model: PreTrainedModel, owner: Handle, ranks: Ranks) -> None:
     """Raises UnsupportedModelError and PlacementError; with one rank everything stays as it is."""
     parallel = owner.parallel
     assert parallel is not None
+    waiting = None
+    if ranks.tables is not None:
+        waiting = WaitingRanks.of(ranks.tables, parallel.plan, parallel.world.ledger.device)
     if parallel.world.num_ranks == 1:
         return
     if parallel.dispatch == CoherentDispatcher.name:
@@ -31,9 +34,8 @@ def step_layers(model: PreTrainedModel, owner: Handle, ranks: Ranks) -> None:
     elif parallel.dispatch == AutoDispatcher.name:
         _step_if_less(model, owner)
     elif ranks.attention == "tensor":
-        share_attention(model, owner, ranks.tables)
-    elif ranks.tables is not None:
-        waiting = WaitingRanks.of(ranks.tables, parallel.plan, parallel.world.ledger.device)
+        share_attention(model, owner, waiting)
+    elif waiting is not None:
         hook = model.base_model.register_forward_pre_hook(
             _NoteIds(parallel, waiting), with_kwargs=True
         )

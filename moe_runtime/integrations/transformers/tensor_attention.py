@@ -16,18 +16,16 @@ from moe_runtime.integrations.transformers.head_shards import HeadShare, head_sh
 from moe_runtime.parallel.alltoall import AllToAllDispatcher
 from moe_runtime.parallel.shuffled import ShuffledForward
 from moe_runtime.parallel.waiting_ranks import WaitingRanks
-from moe_runtime.placement.cocluster import DeviceTables
 
 # The sum over ranks beside the whole, in units of the dtype's precision times the largest number.
 _ROUNDINGS = 16
 
 
-def share_attention(model: PreTrainedModel, owner: Handle, tables: DeviceTables | None) -> None:
+def share_attention(model: PreTrainedModel, owner: Handle, waiting: WaitingRanks | None) -> None:
     """From now on this rank computes its heads alone. Raises UnsupportedModelError."""
     parallel = owner.parallel
     assert parallel is not None
     ledger, plan = parallel.world.ledger, parallel.plan
-    waiting = None if tables is None else WaitingRanks.of(tables, plan, ledger.device)
     halves = DecoderHalves(model, owner.sites, parallel, in_any_order=False)
     for layer, module in enumerate(halves.layers):
         _own_heads(halves, layer, ledger.rank, ledger.num_ranks).apply(module.self_attn)
