@@ -8,6 +8,9 @@ from math import comb
 
 from moe_runtime.parallel.traffic import CHOICE_BYTES, NUMBER_BYTES, RowBytes
 
+# Real routing is less even: gpt-oss-20b's top-4 on 4 ranks visits 3 % more of them.
+_WORTH_IT = 0.95
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedBytes:
@@ -45,5 +48,5 @@ class ExpectedBytes:
 
     @property
     def is_coherent_least(self) -> bool:
-        """Whether keeping the context everywhere costs less than the way back that it saves."""
-        return self.coherent < min(self.alltoall, self.allreduce)
+        """Whether keeping the context everywhere costs clearly less than the way back it saves."""
+        return self.coherent < _WORTH_IT * min(self.alltoall, self.allreduce)
