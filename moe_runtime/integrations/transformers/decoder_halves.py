@@ -119,7 +119,7 @@ class DecoderHalves:
             module.mlp(self.expert_input(layer, hidden_RD).unsqueeze(0))
         except _RoutedError as routed:
             return routed.rows
-        raise AssertionError(f"decoder layer {layer} called no experts")
+        raise self.refuse(f"layer {layer} has experts and calls none for some tokens")
 
     def expert_input(self, layer: int, hidden_RD: torch.Tensor) -> torch.Tensor:
         """The norm before the MoE block."""
@@ -141,7 +141,8 @@ class DecoderHalves:
             block = self.layers[layer].mlp(self.expert_input(layer, hidden_RD).unsqueeze(0))
         finally:
             self._given = None
-        behind: torch.Tensor = hidden_RD + block[0]
+        output = block[0] if isinstance(block, tuple) else block  # some give router scores too
+        behind: torch.Tensor = hidden_RD + output.reshape(hidden_RD.shape)
         return behind
 
     def trial_inputs(self) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -177,14 +178,16 @@ class DecoderHalves:
             raise self.refuse("it has experts outside its decoder layers, or several in one")
 
     def _check_attention(self) -> None:
-        kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention"}
-        if kinds or getattr(self.config, "sliding_window", None) is not None:
+        types = getattr(self.config, "layer_types", None) or ()
+        kinds = set(types) - {"full_attention"}
+        if kinds or (not types and getattr(self.config, "sliding_window", None) is not None):
             raise self.refuse(
                 f"it has attention other than full ({', '.join(sorted(kinds)) or 'a window'})"
             )
-        if self.config._attn_implementation not in _MASKED_ATTENTION:
+        attention = getattr(self.config, "_attn_implementation", None)
+        if attention not in _MASKED_ATTENTION:
             raise self.refuse(
-                f"its attention {self.config._attn_implementation!r} takes no mask of ours; load "
+                f"its attention {attention!r} takes no mask of ours; load "
                 'with attn_implementation="sdpa"'
             )
 
@@ -201,7 +204,9 @@ class DecoderHalves:
                 by_halves = self.second_half(number, stream, _stand_in)
                 whole = self._whole(number, hidden, arguments)
                 routed = None if self._moe_layer[number] is None else self.route(number, stream)
-            except (AttributeError, TypeError, ValueError, RuntimeError, KeyError) as error:
+            except UnsupportedModelError:
+                raise
+            except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
                 raise self.refuse(f"layer {number} says {type(error).__name__}: {error}") from error
             if not torch.equal(by_halves, whole):
                 raise self.refuse(f"layer {number} is more than attention and a block behind norms")
