@@ -4,18 +4,21 @@ L MoE layers, V token ids, E experts a layer, G groups (one a GPU).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_runtime.errors import PlacementError
+from moe_runtime.errors import PlacementError, TraceError
 from moe_runtime.placement_map import Placement
 from moe_runtime.trace import Trace
+from moe_runtime.trace_file import read_npz
 
 Array = np.ndarray[Any, Any]
 
 _MAX_ALTERNATIONS = 20
+_TINY = float(np.finfo(np.float32).tiny)  # for sums that may be 0, in the dtype of counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +35,43 @@ class DeviceTables:
     token_confidence: Array  # [L, V] float32
     bigram_group: Array  # [L, G, G] int32; the first two layers hold no pair
     bigram_confidence: Array  # [L, G, G] float32
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DeviceTables":
+        """From what `placement solve --tables` wrote; raises PlacementError."""
+        remedy = "make it again with `moe-runtime placement solve --tables FILE`"
+        try:
+            found = read_npz(Path(path))
+        except TraceError as error:
+            raise PlacementError(f"tables: {error}".replace("; ", f"; {remedy}; ", 1)) from error
+        names = [field.name for field in fields(cls)]
+        if set(found) != set(names):
+            raise PlacementError(
+                f"tables {path} hold {', '.join(sorted(found))}, not {', '.join(names)}; {remedy}"
+            )
+        made = cls(**found)
+        L, V = made.token_group.shape if made.token_group.ndim == 2 else (0, 0)
+        G = made.num_gpus
+        shapes = {
+            "token_group": (L, V), "token_confidence": (L, V),
+            "bigram_group": (L, G, G), "bigram_confidence": (L, G, G),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            table = found[name]
+            if table.shape != shape or not L:
+                raise PlacementError(
+                    f"tables {path}: {name} is {list(table.shape)}, not {list(shape)}; {remedy}"
+                )
+            if name.endswith("confidence") and not ((table >= 0) & (table <= 1)).all():
+                raise PlacementError(f"tables {path}: {name} is not within 0 and 1; {remedy}")
+            if name.endswith("group") and table.size and not 0 <= table.min() <= table.max() < G:
+                raise PlacementError(f"tables {path}: {name} names GPUs beyond {G}; {remedy}")
+        return made
+
+    @property
+    def num_gpus(self) -> int:
+        """Of the placement that the tables are for."""
+        return int(self.bigram_group.shape[-1])
 
 
 def group_tokens(counts_VE: Array, gpu_E: Array, num_gpus: int, theta: float) -> Array:
@@ -130,7 +170,7 @@ def device_tables(
     confidence = np.zeros(group_LV.shape, np.float32)
     for layer, counts_VE in enumerate(counts_LVE):
         inside = (gpu_LE[layer][None, :] == group_LV[layer][:, None]) * counts_VE
-        confidence[layer] = inside.sum(axis=1) / np.maximum(counts_VE.sum(axis=1), 1e-300)
+        confidence[layer] = inside.sum(axis=1) / np.maximum(counts_VE.sum(axis=1), _TINY)
     seen = _bigrams(gpu_LE, traces, G)
     total = seen.sum(axis=-1)
     return DeviceTables(

@@ -15,6 +15,7 @@ from moe_runtime.cli.terminal import Terminal
 if TYPE_CHECKING:
     from moe_runtime.measure.bench.rank_traffic import TrafficRow
     from moe_runtime.measure.bench.simulated_times import SimulatedTime
+    from moe_runtime.placement.cocluster import DeviceTables
 
 SIMULATION_PANEL = "Simulation"
 EPILOG = """Examples:
@@ -35,9 +36,25 @@ def parallel(
             metavar="FILE", help="Beside equal parts, this placement. May be given several times."
         ),
     ] = None,
+    tables: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="For the speculative dispatcher: what `placement solve --tables` wrote with the "
+            "one --placement. The trace must have token ids.",
+        ),
+    ] = None,
     model_dim: Annotated[
-        int, typer.Option(min=1, help="Numbers of a hidden state, of two bytes each.")
+        int, typer.Option(min=4, help="Numbers of a hidden state, of two bytes each.")
     ] = 2880,
+    kv_dim: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="Numbers that attention caches of a token in a layer: 2 x key heads x their size, "
+            "or a latent's. 1024 is gpt-oss's.",
+        ),
+    ] = 1024,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Only each token's first experts, so many of them.")
     ] = None,
@@ -81,7 +98,14 @@ def parallel(
     terminal = Terminal(as_json=as_json)
     is_first = os.environ.get("RANK", "0") == "0"
     with terminal.waiting("starting"):
-        from moe_runtime.measure.bench.rank_traffic import Replay, measure_traffic, routing_of
+        from moe_runtime.measure.bench.rank_traffic import (
+            WITHOUT_DEDUPLICATION,
+            Replay,
+            measure_traffic,
+            routing_of,
+            token_ids_of,
+        )
+        from moe_runtime.measure.bench.stepped_rows import Stepped, measure_stepped
         from moe_runtime.parallel.plan import check_placement, linear_placement
         from moe_runtime.parallel.world import World
         from moe_runtime.perf.interconnect import Interconnect
@@ -94,6 +118,11 @@ def parallel(
         routing = routing_of(judged.topk, top_k=top_k, source=f"trace {trace}")
         network = None if interconnect is None else Interconnect.load(interconnect)
         given = {file.name: Placement.load(file) for file in placement or []}
+        stepped = Stepped(
+            kv_dim=kv_dim,
+            tables=_tables_of(tables, list(given), judged.token_id is not None),
+            token_id=token_ids_of(judged.topk, judged.token_id),
+        )
         world = World.join(timeout_seconds=timeout_seconds)
     is_together = False
     try:
@@ -123,11 +152,26 @@ def parallel(
                 sent_tokens=sent_tokens,
                 on_progress=meter.update if is_first else lambda done, total: None,
             )
+            rows += measure_stepped(
+                world.ledger,
+                replay,
+                {"equal parts": linear, **given},
+                stepped,
+                max_tokens=max_tokens,
+                sent_tokens=sent_tokens,
+                yardsticks={
+                    row.tokens_per_rank: row.bytes_per_token_layer
+                    for row in reversed(rows)
+                    if row.dispatcher == WITHOUT_DEDUPLICATION
+                },
+                on_progress=meter.update if is_first else lambda done, total: None,
+            )
         is_together = True
     finally:
         world.close(orderly=is_together)
     if not is_first:
         return
+    rows.sort(key=lambda row: sizes.index(row.tokens_per_rank))
     times: list[SimulatedTime] = []
     if network is not None:
         from moe_runtime.measure.bench.simulated_times import simulate_times
@@ -141,6 +185,26 @@ def parallel(
                 on_progress=meter.update,
             )
     _show(terminal, rows, times, trace, world.num_ranks, replay.topk.shape[2], model_dim)
+
+
+def _tables_of(
+    file: Path | None, placements: list[str], has_ids: bool
+) -> "dict[str, DeviceTables]":
+    """By placement."""
+    from moe_runtime.placement.cocluster import DeviceTables
+
+    if file is None:
+        return {}
+    if len(placements) != 1:
+        raise typer.BadParameter(
+            f"--tables belongs to one placement, and {len(placements)} are given; give the one "
+            "--placement that it was written with"
+        )
+    if not has_ids:
+        raise typer.BadParameter(
+            "--tables looks up token ids, which the trace has not; record it with `trace record`"
+        )
+    return {placements[0]: DeviceTables.load(file)}
 
 
 def _sizes(option: str, text: str) -> list[int]:
@@ -176,7 +240,8 @@ def _show(
     for name in ("tokens a rank", "placement", "dispatcher"):
         table.add_column(name)
     between = ("between nodes",) if any(row.bytes_between_nodes for row in rows) else ()
-    for name in ("bytes a token and layer", *between, "ratio", "counted", "by formula"):
+    bytes_of = ("bytes a token and layer", "in MoE layers", *between)
+    for name in (*bytes_of, "ratio", "counted", "by formula"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -184,12 +249,21 @@ def _show(
             row.placement,
             row.dispatcher,
             f"{row.bytes_per_token_layer:.0f}",
+            f"{row.moe_bytes_per_token_layer or row.bytes_per_token_layer:.0f}",
             *(f"{row.bytes_between_nodes:.0f}" for _ in between),
             f"{row.ratio:.3f}",
             "" if row.counted_bytes is None else f"{row.counted_bytes}",
             "" if row.counted_formula_bytes is None else f"{row.counted_formula_bytes}",
         )
     terminal.show(table)
+    for row in rows:
+        if row.local_activation_rate is not None:
+            terminal.write(
+                f"{row.dispatcher}, {row.placement}, {row.tokens_per_rank} tokens a rank: experts "
+                f"found where tokens wait, {_shares(row.local_activation_rate)}; 1/G is "
+                f"{1 / ranks:.3f}\n"
+            )
+
     if times:
         terminal.show(_times(times))
 
@@ -213,3 +287,8 @@ def _times(times: "list[SimulatedTime]") -> Table:
             f"{1e3 * time.simulated_seconds:.3g}",
         )
     return table
+
+
+def _shares(rates: "dict[str, float | None]") -> str:
+    known = {name: rate for name, rate in rates.items() if rate is not None}
+    return ", ".join(f"{rate:.3f} of {name} ids" for name, rate in known.items())

@@ -12,6 +12,7 @@ from moe_runtime.cli.options import (
     OUTPUT_PANEL,
     RANKS_PANEL,
     TEXT_PANEL,
+    AttentionOption,
     Chat,
     DeviceOption,
     DispatchOption,
@@ -38,6 +39,7 @@ from moe_runtime.cli.options import (
     PredictorOption,
     Revision,
     Seed,
+    TablesOption,
     Temperature,
     TimeoutSeconds,
     TrustRemoteCode,
@@ -59,6 +61,8 @@ moe-runtime generate org/name --prompts questions.jsonl --chat --temperature 0.7
 moe-runtime generate ./model --prompt "def read(" --report run.html --hardware machine.yaml
 
 torchrun --nproc-per-node 4 -m moe_runtime generate ./model --dispatch auto --prompts FILE --json
+
+torchrun --nproc-per-node 4 -m moe_runtime generate M --placement P.json --tables T.npz --prompts F
 """
 
 
@@ -183,6 +187,8 @@ def generate(
     dispatch: DispatchOption = None,
     payload: PayloadOption = Payload.EXACT,
     pipeline: PipelineOption = "1",
+    attention: AttentionOption = None,
+    tables: TablesOption = None,
     timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
 ) -> None:
@@ -233,6 +239,8 @@ def generate(
         dispatch=dispatch,
         payload=payload,
         pipeline=int(pipeline) if pipeline.isdigit() else pipeline,
+        attention=attention,
+        tables=None if tables is None else str(tables),
         timeout_seconds=timeout_seconds,
         plan=plan,
         explicit=_given(context),

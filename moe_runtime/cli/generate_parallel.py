@@ -94,7 +94,17 @@ def _figures(generation: ParallelGeneration) -> Table:
         f"{format_bytes(traffic['moe_bytes'])} counted, "
         f"{format_bytes(traffic['moe_predicted_bytes'])} by formula",
     )
+    for name in ("context", "attention"):
+        if traffic[f"{name}_bytes"]:
+            table.add_row(f"of these for {name}", format_bytes(traffic[f"{name}_bytes"]))
     table.add_row("between nodes", format_bytes(traffic["bytes_between_nodes"]))
+    rates = traffic["local_activation_rate"]
+    if rates is not None:
+        shares = ", ".join(
+            f"{rates[kind]:.1%} of {kind} ids" for kind in ("seen", "unseen") if rates[kind]
+        )
+        even = f"equal parts would have {rates['of_equal_parts']:.1%}"
+        table.add_row("experts where tokens wait", f"{shares}; {even}")
     return table
 
 

@@ -1,6 +1,7 @@
 """Arguments and options that several commands share."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,6 +68,8 @@ class Dispatch(StrEnum):
     ALLTOALL = "alltoall"
     ALLREDUCE = "allreduce"
     HIERARCHICAL = "hierarchical"
+    COHERENT = "coherent"
+    SPECULATIVE = "speculative"
 
 
 class Payload(StrEnum):
@@ -75,6 +78,13 @@ class Payload(StrEnum):
     EXACT = "exact"
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
+
+
+class Attention(StrEnum):
+    """How ranks share attention."""
+
+    DATA = "data"
+    TENSOR = "tensor"
 
 
 Model = Annotated[
@@ -205,8 +215,10 @@ DispatchOption = Annotated[
     Dispatch | None,
     typer.Option(
         help="Share the experts among the ranks, and move tokens to them: once to each rank that "
-        "holds one of their experts, all to all ranks, once to each node and on from there, or "
-        "(auto) the one of the first two that moves fewer bytes.",
+        "holds one of their experts (alltoall), all to all ranks (allreduce), what of these moves "
+        "fewer bytes (auto), once to each node and on from there (hierarchical), with every rank "
+        "knowing the context so that they stay there (coherent), or from ranks that tables "
+        "foretell (speculative).",
         rich_help_panel=RANKS_PANEL,
     ),
 ]
@@ -223,6 +235,23 @@ PipelineOption = Annotated[
         metavar="N|FILE",
         help="Run a layer's tokens in so many chunks, messages beside computing; or in what a file "
         "of `probe --collectives` says is best for each forward.",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+AttentionOption = Annotated[
+    Attention | None,
+    typer.Option(
+        help="Each rank runs attention of its own prompts (data), or all ranks run all prompts "
+        "with a share of the heads each (tensor).",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+TablesOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="For --dispatch speculative: where tokens should wait, as `placement solve --tables` "
+        "writes it with the placement in use.",
         rich_help_panel=RANKS_PANEL,
     ),
 ]

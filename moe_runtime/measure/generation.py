@@ -68,6 +68,8 @@ class GenerationRequest:
     dispatch: str | None = None
     payload: str = "exact"
     pipeline: int | str = 1
+    attention: str | None = None
+    tables: str | None = None
     timeout_seconds: float | None = None
     plan: str = OFF
     explicit: tuple[str, ...] = ()  # fields that were given and that a plan must leave as they are
@@ -77,7 +79,8 @@ class GenerationRequest:
     @property
     def is_parallel(self) -> bool:
         """Whether ranks are to share the experts."""
-        return self.placement is not None or self.dispatch is not None
+        options = (self.placement, self.dispatch, self.attention, self.tables)
+        return any(option is not None for option in options)
 
 
 class Listener(Protocol):
@@ -288,6 +291,8 @@ def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTr
         "device_map": request.device,
         "placement": request.placement,
         "dispatch": request.dispatch,
+        "attention": request.attention,
+        "tables": request.tables,
         "payload": request.payload,
         "pipeline": request.pipeline,
         "timeout_seconds": request.timeout_seconds,

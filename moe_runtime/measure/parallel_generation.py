@@ -24,10 +24,12 @@ from moe_runtime.measure.process_reads import read_from_disk_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import check_agreement
+from moe_runtime.placement.cocluster import DeviceTables
+from moe_runtime.placement.share_requests import share_requests
 
 _SAME_ON_ALL = (
-    "ranks", "nodes", "dispatch", "payload", "chosen", "forwards", "forwards_by_chunks",
-    "experts_moved",
+    "ranks", "nodes", "dispatch", "payload", "chosen", "expected_bytes", "forwards",
+    "forwards_by_chunks", "experts_moved",
 )  # fmt: skip
 
 
@@ -90,6 +92,8 @@ class ParallelGeneration:
             "bytes_within_node",
             "bytes_between_nodes",
             "migration_bytes",
+            "context_bytes",
+            "attention_bytes",
         )
         return {
             **{name: first[name] for name in _SAME_ON_ALL},
@@ -101,13 +105,16 @@ class ParallelGeneration:
                 for of_layer in zip(*(r["per_layer_bytes"] for r in reports), strict=True)
             ],
             **{name: sum(report[name] for report in reports) for name in sums},
+            "all_to_alls": [report["calls"].get("all_to_all", 0) for report in reports],
+            "local_activation_rate": _local_rates([report["activations"] for report in reports]),
         }
 
 
 def run_parallel_generation(request: GenerationRequest, listener: Listener) -> ParallelGeneration:
     """Load this rank's share of the experts, run its share of the prompts, gather all results.
 
-    Prompt i runs on rank i modulo the number of ranks; every rank calls this with the same request.
+    Prompt i runs on rank i modulo the number of ranks, or where tables say that its experts are;
+    with tensor-parallel attention on all. Every rank calls this with the same request.
     SIGTERM lets each rank end at its next token, on all ranks, with what was written so far.
     """
     if request.check:
@@ -136,11 +143,14 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
             listener.on_loaded(owner.placement())
             request = _agree(parallel, request)
             rank, num_ranks = parallel.world.rank, parallel.world.num_ranks
-            results = _complete_mine(
-                model, tokenizer, prompts[rank::num_ranks], request.decoding, parallel, listener
-            )
+            is_everywhere = request.attention == "tensor"
+            ranks = _ranks_of(prompts, request.tables, num_ranks)
+            mine = [p for p, g in zip(prompts, ranks, strict=True) if is_everywhere or g == rank]
+            results = _complete_mine(model, tokenizer, mine, request.decoding, parallel, listener)
+            if is_everywhere and rank:
+                results = []  # rank 0 has the same
             parallel.finish()
-            mine = {
+            said = {
                 "results": results,
                 "report": owner.report(),
                 "resident": {
@@ -149,13 +159,34 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
                     "read_from_disk_bytes": read_from_disk_bytes(),
                 },
             }
-            texts = parallel.world.ledger.gather_texts(json.dumps(mine))
+            texts = parallel.world.ledger.gather_texts(json.dumps(said))
     return ParallelGeneration(
         request=request,
         by_rank=[json.loads(text) for text in texts],
         num_prompts=len(prompts),
         rank=rank,
     )
+
+
+def _ranks_of(prompts: Sequence[Prompt], tables: str | None, num_ranks: int) -> list[int]:
+    """The rank of each prompt; ranks get equally many, or one more."""
+    if tables is None:
+        return [number % num_ranks for number in range(len(prompts))]
+    return share_requests([prompt.token_ids for prompt in prompts], DeviceTables.load(tables))
+
+
+def _local_rates(activations: Sequence[dict[str, int]]) -> dict[str, float | None] | None:
+    """Shares of (token, expert) pairs whose expert is where the token is; None if not counted."""
+    total = {name: sum(one[name] for one in activations) for name in activations[0]}
+    if not total["seen_pairs"] + total["unseen_pairs"]:
+        return None
+    rates = {
+        name: total[f"{name}_local_pairs"] / total[f"{name}_pairs"]
+        if total[f"{name}_pairs"]
+        else None
+        for name in ("seen", "unseen")
+    }
+    return rates | {"of_equal_parts": 1 / len(activations)}
 
 
 def _agree(parallel: ExpertParallel, request: GenerationRequest) -> GenerationRequest:

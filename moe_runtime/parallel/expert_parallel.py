@@ -6,7 +6,7 @@ G ranks, T tokens of this rank, K top-k, D model dim.
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from moe_runtime.parallel.alltoall import AllToAllDispatcher
 from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.degree import Degree, FixedDegree
 from moe_runtime.parallel.dispatcher import Dispatcher, Rows
+from moe_runtime.parallel.expected import ExpectedBytes
 from moe_runtime.parallel.hierarchical import HierarchicalDispatcher
-from moe_runtime.parallel.ledger import CONTROL, MIGRATION
+from moe_runtime.parallel.ledger import ATTENTION, CONTEXT, CONTROL, MIGRATION
 from moe_runtime.parallel.local import LocalDispatcher
+from moe_runtime.parallel.local_activations import LocalActivations
 from moe_runtime.parallel.migrate import Migration, Stored, migrate
 from moe_runtime.parallel.payload import ExactPayload, Payload, make_payload
 from moe_runtime.parallel.pipeline import run_in_chunks
@@ -28,20 +30,24 @@ from moe_runtime.parallel.plan import ExpertPlan, check_placement
 from moe_runtime.parallel.world import World
 from moe_runtime.placement_map import Placement
 
-DISPATCHES = ("auto", "alltoall", "allreduce", "hierarchical")
+DISPATCHES = ("auto", "alltoall", "allreduce", "hierarchical", "coherent", "speculative")
+ATTENTIONS = ("data", "tensor")  # whole, for prompts of a rank's own; a share of the heads
 _STOP, _MIGRATE = 1, 2  # wishes of a rank, as bits
 _ONE_CHUNK = FixedDegree(1)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # `[T, D]`, `[T, K]`, `[T, K]` -> weighted sum of the experts that are here, `[T, D]`.
 ComputeExperts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# What an experts module gets, `[T, D]`, where decoder layers are stepped from outside.
+AnswerExperts = Callable[[int, Rows], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
+class Step:
     """One forward of the ranks that have tokens; the others take part without any."""
 
     tokens_by_rank: list[int]
+    extras_by_rank: list[int]  # rows that stand behind those of tokens, in what follows
     is_stop_asked: bool
     degree: int  # chunks of each layer
     empty: Rows  # no rows, in the sizes and dtypes of this forward
@@ -71,13 +77,18 @@ class ExpertParallel:
         self.world = world
         self.plan = plan
         world.ledger.num_nodes = plan.num_nodes
-        self._dispatch = dispatch
+        self.dispatch = dispatch if world.num_ranks > 1 else LocalDispatcher.name
         self._payload = make_payload(payload)
         self._degree = degree
         self._num_steps_by_degree: Counter[int] = Counter()
         self.dispatcher = make_dispatcher(dispatch, world, plan, self._payload)
         self._layers: list[ComputeExperts] = []
-        self._step: _Step | None = None
+        self._answer: AnswerExperts | None = None
+        self._take_part: Callable[[], bool] | None = None
+        self.expected: ExpectedBytes | None = None  # what `auto` chose by when loading
+        self.activations = LocalActivations()
+        self.is_seen_T: torch.Tensor | None = None  # ids of this forward that tables have seen
+        self._step: Step | None = None
         self._next_layer = 0
         self._num_steps = 0
         self._wants_stop = False
@@ -96,6 +107,31 @@ class ExpertParallel:
         """Where the experts that `attach`ed layers compute with are; without it none can travel."""
         self._stored = stored
 
+    def hand_over(
+        self, answer: AnswerExperts | None, take_part: Callable[[], bool] | None = None
+    ) -> None:
+        """Let `answer` stand for the experts, as decoder layers are stepped from outside.
+
+        `take_part` joins a forward without tokens, and returns False if no rank has one.
+        """
+        self._answer, self._take_part = answer, take_part
+
+    def compute(self, layer: int, rows: Rows) -> torch.Tensor:
+        """What the experts that are here make of `rows`."""
+        return self._layers[layer](rows.hidden, rows.index, rows.weights)
+
+    def begin(self, rows: Rows | None, *, num_extra: int = 0) -> Step:
+        """Agree on a forward that is stepped from outside; `end` follows. Collective."""
+        self._is_together = False
+        self._require_between_forwards()
+        step = self._agree(rows, num_extra)
+        self._next_layer = int(not step.is_idle)
+        return step
+
+    def end(self) -> None:
+        """Every layer of the forward has run."""
+        self._next_layer = 0
+
     @property
     def is_stop_asked(self) -> bool:
         """Whether a rank had asked to stop when this forward began; the same on all ranks."""
@@ -109,8 +145,14 @@ class ExpertParallel:
         """Go over to another placement when the next forward of any rank begins.
 
         One rank asks, or several for the same. Tokens stay what they are: all ranks change at the
-        same place, between forwards. Raises PlacementError, here, if it does not fit.
+        same place, between forwards. Raises PlacementError, here, if it does not fit, and
+        ParallelError under coherent dispatch and tensor attention, whose tables know one placement.
         """
+        if self._answer is not None:
+            raise ParallelError(
+                f"dispatch {self.dispatch!r} steps layers along one placement; load with alltoall, "
+                "allreduce, hierarchical or auto to migrate"
+            )
         wanted = placement if isinstance(placement, Placement) else Placement.load(placement)
         check_placement(
             wanted,
@@ -128,8 +170,10 @@ class ExpertParallel:
         top_k_weights_TK: torch.Tensor,
     ) -> torch.Tensor:
         """`[T, D]`: each token's experts, wherever they are."""
-        self._is_together = False
         rows = Rows(hidden_TD, top_k_index_TK, top_k_weights_TK)
+        if self._answer is not None:
+            return self._answer(layer, rows)
+        self._is_together = False
         if layer == 0:
             self._begin(rows)
         step = self._step
@@ -145,6 +189,9 @@ class ExpertParallel:
                 f"{step.tokens_by_rank[self.world.rank]}; expert parallelism needs the same tokens "
                 "in every MoE layer of a forward"
             )
+        if self.is_seen_T is not None:
+            owner = self.plan.nearest.owners(layer, rows.index, first_turn=self.plan.rank)
+            self.activations.add(owner == self.plan.rank, self.is_seen_T)
         return self._run_layer(layer, rows, step)
 
     def finish(self) -> None:
@@ -153,7 +200,9 @@ class ExpertParallel:
         To be called by every rank after its last forward, and before `agree` or `close`.
         """
         self._require_between_forwards()
-        while True:
+        while self._take_part is not None and self._take_part():
+            pass
+        while self._take_part is None:
             step = self._agree(None)
             if step.is_idle:
                 break
@@ -180,13 +229,16 @@ class ExpertParallel:
         node = ledger.node_of(ledger.rank)
         within = [ledger.node_of(g) == node for g in range(ledger.num_ranks)]
         chosen = self.dispatcher.chosen if isinstance(self.dispatcher, AutoDispatcher) else None
+        if chosen is not None and self._take_part is not None:
+            chosen = {"coherent": self._num_steps * len(self._layers)}
         return {
             "rank": ledger.rank,
             "ranks": ledger.num_ranks,
             "nodes": ledger.num_nodes,
-            "dispatch": self.dispatcher.name,
+            "dispatch": self.dispatch,
             "payload": self._payload.name,
             "chosen": chosen,
+            "expected_bytes": None if self.expected is None else asdict(self.expected),
             "experts_held": self.plan.num_held,
             "forwards": self._num_steps,
             "forwards_by_chunks": {
@@ -204,7 +256,10 @@ class ExpertParallel:
             ),
             "moe_bytes": sum(sum(line.num_bytes) for line in layers.values()),
             "moe_predicted_bytes": sum(sum(line.predicted_bytes) for line in layers.values()),
-            "per_layer_bytes": [sum(line.num_bytes) for line in layers.values()],
+            "context_bytes": sum(layers[CONTEXT].num_bytes) if CONTEXT in layers else 0,
+            "attention_bytes": sum(layers[ATTENTION].num_bytes) if ATTENTION in layers else 0,
+            "activations": self.activations.report(),
+            "per_layer_bytes": [sum(line.num_bytes) for n, line in layers.items() if n >= 0],
             "calls": ledger.calls(),
         }
 
@@ -221,17 +276,17 @@ class ExpertParallel:
                 f"{self._next_layer}, and the other ranks are behind it; load the model again"
             )
 
-    def _agree(self, rows: Rows | None) -> _Step:
+    def _agree(self, rows: Rows | None, num_extra: int = 0) -> Step:
         """The next forward, as all ranks have it; `rows` are this rank's, None if it is done."""
         wishes = self._wants_stop * _STOP + (self._wanted is not None) * _MIGRATE
-        mine = [0, wishes, 0, 0, 0, 0, 0]
+        mine = [0, wishes, num_extra, 0, 0, 0, 0, 0]
         if rows is not None:
-            mine = [len(rows), wishes, *_shape_code(rows)]
+            mine = [len(rows), wishes, num_extra, *_shape_code(rows)]
         ledger = self.world.ledger
         sent = torch.tensor(mine, dtype=torch.int32, device=ledger.device)
         heard = ledger.all_gather(CONTROL, sent).tolist()  # sync: the host plans the forward
         tokens = [line[0] for line in heard]
-        shapes = {tuple(line[2:]) for line in heard if line[0]}
+        shapes = {tuple(line[3:]) for line in heard if line[0]}
         if len(shapes) > 1:
             raise ParallelError(
                 "ranks disagree on the shape of rows (model dim, top-k and dtypes, as numbers): "
@@ -244,7 +299,7 @@ class ExpertParallel:
         empty = _empty_rows(shape, ledger.device)
         row = empty.row_bytes(self._payload)
         degree = self._degree.chunks(tokens, row, empty.index.shape[1]) if any(tokens) else 1
-        step = _Step(tokens, is_stop_asked, degree, empty)
+        step = Step(tokens, [line[2] for line in heard], is_stop_asked, degree, empty)
         self._step = step
         self._num_steps_by_degree[degree] += not step.is_idle
         self._num_steps += not step.is_idle
@@ -267,13 +322,13 @@ class ExpertParallel:
         before = self.dispatcher
         self.plan = ExpertPlan.of(migration.after, self.world.rank)
         self.world.ledger.num_nodes = self.plan.num_nodes
-        self.dispatcher = make_dispatcher(self._dispatch, self.world, self.plan, self._payload)
+        self.dispatcher = make_dispatcher(self.dispatch, self.world, self.plan, self._payload)
         if isinstance(self.dispatcher, AutoDispatcher) and isinstance(before, AutoDispatcher):
             self.dispatcher.chosen = before.chosen
         self._num_moves += len(migration.moves)
         self._wanted = None
 
-    def _run_layer(self, layer: int, rows: Rows, step: _Step) -> torch.Tensor:
+    def _run_layer(self, layer: int, rows: Rows, step: Step) -> torch.Tensor:
         compute = self._layers[layer]
         combined = run_in_chunks(
             self.dispatcher,
@@ -288,15 +343,17 @@ class ExpertParallel:
 
 
 def make_dispatcher(name: str, world: World, plan: ExpertPlan, payload: Payload) -> Dispatcher[Any]:
-    """The dispatcher of that name; that of one process where there is one."""
+    """The dispatcher of that name; that of one process where there is one.
+
+    Under coherent and speculative dispatch it serves what is not stepped from outside.
+    """
     check_dispatch(name, payload.name)
     if world.num_ranks == 1:
         return LocalDispatcher()
     if name == AllReduceDispatcher.name:
         return AllReduceDispatcher(plan, world.ledger)
-    kinds = (AutoDispatcher, HierarchicalDispatcher, AllToAllDispatcher)
-    kind = next(kind for kind in kinds if kind.name == name)
-    return kind(plan, world.ledger, payload)
+    kinds = {kind.name: kind for kind in (AutoDispatcher, HierarchicalDispatcher)}
+    return kinds.get(name, AllToAllDispatcher)(plan, world.ledger, payload)
 
 
 def check_dispatch(dispatch: str, payload: str) -> None:

@@ -15,7 +15,9 @@ from moe_runtime.errors import ParallelError
 
 # These stand for a layer where traffic belongs to none.
 CONTROL = -1  # agreements, results
-MIGRATION = -2  # experts on their way to another rank
+CONTEXT = -2  # keys and values that every rank keeps, of whatever layer
+ATTENTION = -3  # the sums of attention whose heads are shared out, of whatever layer
+MIGRATION = -4  # experts on their way to another rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +116,25 @@ class Ledger:
         )
         return summed
 
+    def gather_rows(
+        self, layer: int, rows: torch.Tensor, counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """`rows [counts[g], ...]` of every rank g on every rank; ranks need not have equally many.
+
+        One message to each other rank that has none of the rows yet, and none from a rank without.
+        """
+        return self._post("gather_rows", layer, [rows] * self.num_ranks, counts)
+
+    def send_sums(
+        self, layer: int, parts: Sequence[torch.Tensor], counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """`parts[d] [n, ...]`, addends for rank d; returns `counts[g]` addends of each rank g.
+
+        The rank adds them up, in the order and dtype that it needs. Pairs of ranks without rows
+        exchange no message.
+        """
+        return self._post("send_sums", layer, parts, counts)
+
     def gather_texts(self, text: str) -> list[str]:
         """The text of every rank, on every rank."""
         raw = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
@@ -146,7 +167,7 @@ class Ledger:
         return str(distributed.get_backend(self._group))
 
     def sent(self) -> dict[int, Sent]:
-        """By layer, what this rank has sent; CONTROL is among the layers."""
+        """By layer, what this rank has sent; what is below 0 is no MoE layer."""
         return {
             layer: Sent(
                 num_bytes=list(self._num_bytes[layer]),
@@ -164,6 +185,33 @@ class Ledger:
         """Ranks stand in the order of nodes, equally many on each."""
         return rank * self.num_nodes // self.num_ranks
 
+    def _post(
+        self, name: str, layer: int, parts: Sequence[torch.Tensor], counts: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Point to point: `parts[d]` goes to rank d, and `counts[g]` rows come from rank g."""
+        like = parts[self.rank]
+        came = [like.new_empty((count, *like.shape[1:])) for count in counts]
+        came[self.rank].copy_(like)
+        self._count(layer, [part.nbytes for part in parts])
+        operations = []
+        for peer in sorted(set(range(self.num_ranks)) - {self.rank}):
+            for verb, tensor in (
+                (distributed.isend, parts[peer].contiguous()),
+                (distributed.irecv, came[peer]),
+            ):
+                if tensor.numel():
+                    operations.append(
+                        distributed.P2POp(verb, tensor, group=self._group, group_peer=peer)
+                    )
+
+        def run() -> None:
+            # sync: the rows are used at once
+            for work in distributed.batch_isend_irecv(operations) if operations else ():
+                work.wait()
+
+        self._run(name, layer, run)
+        return came
+
     def _count(self, layer: int, num_bytes: Sequence[int]) -> None:
         self._add(self._num_bytes, layer, num_bytes)
         self._add(self._messages, layer, [int(size > 0) for size in num_bytes])
@@ -179,7 +227,7 @@ class Ledger:
         try:
             collective()
         except RuntimeError as error:  # torch has no narrower class for what gloo reports
-            where = "between layers" if layer < 0 else f"in MoE layer {layer}"
+            where = "between MoE layers" if layer < 0 else f"in MoE layer {layer}"
             first = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
             raise ParallelError(
                 f"rank {self.rank} of {self.num_ranks} lost the others in {name} {where} "

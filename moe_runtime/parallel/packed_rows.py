@@ -19,19 +19,18 @@ def unpack_rows(packed: torch.Tensor, like: Rows, payload: Payload = _EXACT) -> 
     """Of what `pack_rows` made, in the dtypes and sizes of `like`."""
     hidden_bytes = payload.row_bytes(like.hidden.shape[1], like.hidden.dtype)
     weight_bytes = like.weights.shape[1] * like.weights.element_size()
-    index = _columns(packed, hidden_bytes + weight_bytes, packed.shape[1]).view(torch.int16)
-    weights = _columns(packed, hidden_bytes, hidden_bytes + weight_bytes)
+    index = columns(packed, hidden_bytes + weight_bytes, packed.shape[1], torch.int16)
     return Rows(
-        payload.decode(_columns(packed, 0, hidden_bytes), like.hidden.dtype),
+        payload.decode(columns(packed, 0, hidden_bytes, torch.uint8), like.hidden.dtype),
         index.to(like.index.dtype),
-        weights.view(like.weights.dtype),
+        columns(packed, hidden_bytes, hidden_bytes + weight_bytes, like.weights.dtype),
     )
 
 
-def _columns(packed: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+def columns(packed: torch.Tensor, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
     """Bytes `begin` to `end` of every row, in memory of their own.
 
-    Not by `contiguous()`, which leaves one row where it is, maybe not aligned for its dtype.
+    Not by `contiguous()`, which leaves one row where it is, maybe not aligned for `dtype`.
     """
     columns = packed.new_empty((len(packed), end - begin))
-    return columns.copy_(packed[:, begin:end])
+    return columns.copy_(packed[:, begin:end]).view(dtype)

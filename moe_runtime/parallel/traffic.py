@@ -14,6 +14,8 @@ Array = np.ndarray[Any, Any]
 
 COUNT_BYTES = 4  # of a row count in our messages
 INDEX_BYTES = 2  # of an expert id
+CHOICE_BYTES = 2  # of the rank that was chosen for an expert
+NUMBER_BYTES = 4  # of a row's number, of a sequence's and of a position
 _PEER_COUNT_BYTES = 8  # of a count in transformers' messages, one an expert
 
 
@@ -65,6 +67,35 @@ def hierarchical_bytes(between: Array, within: Array, row: RowBytes, num_nodes: 
     counts = (place[:, None] == place).astype(int) + (node[:, None] == node)
     rows = between + within
     return _off_rank(rows * row.routed + rows.T * row.hidden + COUNT_BYTES * counts)
+
+
+def coherent_bytes(rows: Array, sums: Array, row: RowBytes, top_k: int) -> Array:
+    """One MoE layer: counts of two kinds to all, `rows` one way, `sums[r, d]` to where rows stay.
+
+    `rows[r, d]` counts tokens of rank r that have an expert on rank d or go on there.
+    """
+    traveller = row.routed + top_k * CHOICE_BYTES + NUMBER_BYTES
+    return _off_rank(rows * traveller + sums * row.hidden + 2 * len(rows) * COUNT_BYTES)
+
+
+def context_bytes(rows: Array, kv_bytes: int) -> Array:
+    """One decoder layer: keys and values of `rows [G]`, with their numbers, to every rank."""
+    return _off_rank(np.tile(rows[:, None] * (kv_bytes + NUMBER_BYTES), len(rows)))
+
+
+def announced_bytes(tokens: Array) -> Array:
+    """Once a forward: sequence and position of every token to every rank."""
+    return _off_rank(np.tile(tokens[:, None] * (2 * NUMBER_BYTES), len(tokens)))
+
+
+def shuffled_bytes(tokens: Array, row: RowBytes, *, shows_path: bool) -> Array:
+    """One decoder layer of shared attention: sums to the `tokens [G]` of each rank, rows to all.
+
+    `shows_path`: the rank of a token's first expert comes along, for the tables.
+    """
+    sums = np.tile(tokens * row.hidden, (len(tokens), 1))
+    gathered = tokens * (row.hidden + shows_path * CHOICE_BYTES)
+    return _off_rank(sums + gathered[:, None])
 
 
 def shared_slices_bytes(rows: Array, slices: Array, row: RowBytes) -> Array:

@@ -14,6 +14,7 @@ from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_runtime.measure.bench.rank_traffic import Replay, measure_traffic
+from moe_runtime.measure.bench.stepped_rows import Stepped, measure_stepped
 from moe_runtime.parallel.allreduce import AllReduceDispatcher
 from moe_runtime.parallel.alltoall import AllToAllDispatcher, Visits
 from moe_runtime.parallel.auto import AutoDispatcher
@@ -23,6 +24,7 @@ from moe_runtime.parallel.ledger import CONTROL, Ledger
 from moe_runtime.parallel.payload import make_payload
 from moe_runtime.parallel.plan import ExpertPlan
 from moe_runtime.parallel.world import check_agreement
+from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 
 KINDS: dict[str, Any] = {
@@ -127,10 +129,19 @@ def recorded(rank: int, num_ranks: int) -> Iterator[dict[str, Any]]:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a collective that the ledger does not know")
 
+    def post(operations: Any) -> Any:
+        sent = [0] * num_ranks
+        for operation in operations:
+            if operation.op is distributed.isend:
+                sent[operation.group_peer] += operation.tensor.nbytes
+        note(sent)
+        return originals["batch_isend_irecv"](operations)
+
     is_new = hasattr(distributed, "all_gather_single")
     gather = "all_gather_single" if is_new else "all_gather_into_tensor"
     scatter = "reduce_scatter_single" if is_new else "reduce_scatter_tensor"
     ours = {"all_to_all_single": all_to_all, gather: all_gather, scatter: reduce_scatter}
+    ours["batch_isend_irecv"] = post
     replaced = ours | dict.fromkeys(_OTHERS, forbidden)
     originals = {name: getattr(distributed, name) for name in replaced}
     for name, function in replaced.items():
@@ -157,6 +168,40 @@ def disagree(mesh: DeviceMesh) -> str:
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
     return "agreed"
+
+
+def count_stepped(
+    mesh: DeviceMesh,
+    topk: np.ndarray[Any, Any],
+    placement: Placement,
+    tables: DeviceTables,
+    token_id: np.ndarray[Any, Any],
+) -> tuple[Any, int, int]:
+    """What `bench parallel` finds for decoder layers that are stepped, and bytes by torch."""
+    rank, ledger = mesh.get_local_rank(), Ledger(mesh.get_group())
+    replay = Replay(
+        topk=topk, num_experts=placement.num_experts, num_ranks=mesh.size(), model_dim=16
+    )
+    books: list[Ledger] = []
+
+    def fresh() -> Ledger:
+        books.append(Ledger(mesh.get_group()))
+        return books[-1]
+
+    ledger.fresh = fresh  # type: ignore[method-assign]
+    with recorded(rank, ledger.num_ranks) as record:
+        rows = measure_stepped(
+            ledger,
+            replay,
+            {"given": placement},
+            Stepped(kv_dim=10, tables={"given": tables}, token_id=token_id),
+            max_tokens=60,
+            sent_tokens=12,
+            yardsticks={1: 100.0, 3: 100.0},
+            on_progress=lambda done, total: None,
+        )
+    counted = sum(sum(line.num_bytes) for one in (*books, ledger) for line in one.sent().values())
+    return rows, counted, sum(record["bytes"])
 
 
 def count_traffic(mesh: DeviceMesh, topk: np.ndarray[Any, Any], placement: Placement) -> Any:

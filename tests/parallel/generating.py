@@ -125,6 +125,67 @@ def migrate_while_generating(
     }
 
 
+def generate_with(
+    mesh: DeviceMesh,
+    folder: str,
+    batches_by_rank: list[list[Batch]],
+    new_tokens: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Tokens of this rank's prompts and its report; `options` are of `load`."""
+    model = moe_runtime.load(folder, mesh=mesh, dtype=torch.float32, **options)
+    handle = moe_runtime.handle(model)
+    assert handle.parallel is not None
+    tokens = continue_greedily(model, batches_by_rank[mesh.get_local_rank()], new_tokens)
+    handle.parallel.finish()
+    report = handle.report()
+    handle.close()
+    return {"tokens": tokens, "report": report}
+
+
+def continue_padded(
+    mesh: DeviceMesh | None, folder: str, prompts: list[list[int]], new_tokens: int
+) -> Any:
+    """New tokens of a batch that is padded on the left, by rank 0 alone; None is one process."""
+    length = max(map(len, prompts))
+    inputs = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    arguments = {"attention_mask": mask, "max_new_tokens": new_tokens, "do_sample": False}
+    if mesh is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation="eager"
+        )
+        return model.generate(inputs, **arguments)[:, length:].tolist()
+    model = moe_runtime.load(folder, mesh=mesh, dispatch="coherent", dtype=torch.float32)
+    handle = moe_runtime.handle(model)
+    found = None
+    if mesh.get_local_rank() == 0:
+        found = model.generate(inputs, **arguments)[:, length:].tolist()
+    assert handle.parallel is not None
+    handle.parallel.finish()
+    handle.close()
+    return found
+
+
+def error_of(
+    mesh: DeviceMesh, folder: str, options: dict[str, Any], arguments: dict[str, Any]
+) -> str:
+    """What loading, or generating with `arguments`, raises on this rank."""
+    inputs = torch.tensor([[5, 6, 7]])
+    try:
+        model = moe_runtime.load(folder, mesh=mesh, dtype=torch.float32, **options)
+        model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=3,
+            do_sample=False,
+            **arguments,
+        )
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
 def stop_early(mesh: DeviceMesh, folder: str, prompt: list[int]) -> list[str]:
     """Finish reasons, where rank 1 is asked to stop and rank 0 has two prompts to run."""
     tokenizer = load_tokenizer(folder)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import pytest
 from moe_runtime.measure.probe import collectives
 from moe_runtime.measure.probe.collectives import CollectiveSizes
 from moe_runtime.placement_map import Placement
+from moe_runtime.trace_file import Member, write_npz
 from tests.command_line import ROOT, Outcome, command, environment, run_here
 from tests.parallel.rank_pool import free_port
 from tests.tiny_checkpoint import NUM_EXPERTS, NUM_LAYERS, save_mixtral
@@ -137,6 +138,38 @@ def test_messages_are_probed_and_the_file_serves_a_generation(
             capsys, "generate", folder, *options[:4], "--pipeline", tmp_path / "nowhere"
         ).error()
     )
+
+
+def test_tables_share_prompts_out_or_move_rows_between_shares_of_attention(
+    folder: Path, prompts_file: Path, found: dict[str, Any]
+) -> None:
+    """Law: the same texts in input order, and local activations of seen and unseen ids apart."""
+    rng = np.random.default_rng(0)
+    tables = folder / "tables.npz"
+    by_id, by_pair = (NUM_LAYERS, 100), (NUM_LAYERS, 2, 2)
+    fields = {
+        "token_group": rng.integers(0, 2, by_id).astype(np.int32),
+        "token_confidence": np.ones(by_id, np.float32),
+        "bigram_group": rng.integers(0, 2, by_pair).astype(np.int32),
+        "bigram_confidence": np.ones(by_pair, np.float32),
+    }
+    write_npz(tables, [Member.of(name, array) for name, array in fields.items()])
+    given = ("--tables", tables, "--prompts", prompts_file, *OPTIONS, "--json")
+    for attention in ("data", "tensor"):
+        outcome = torchrun("generate", folder, "--attention", attention, *given, num_ranks=2)
+        assert outcome.code == 0, outcome.err
+        one = json.loads(outcome.out)
+        texts = [result["text"] for result in one["results"]]
+        assert texts == [result["text"] for result in found["results"]]
+        parallel = one["parallel"]
+        assert parallel["dispatch"] == "speculative"
+        assert parallel["moe_bytes"] == parallel["moe_predicted_bytes"] > 0
+        assert (parallel["attention_bytes"] > 0) is (attention == "tensor")
+        rates = parallel["local_activation_rate"]
+        assert rates["of_equal_parts"] == 0.5
+        assert 0 < rates["seen"] < 1
+        prompts = [rank["prompts"] for rank in one["ranks"]]
+        assert sorted(prompts) == ([0, 3] if attention == "tensor" else [1, 2])
 
 
 def test_a_check_is_refused_with_ranks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

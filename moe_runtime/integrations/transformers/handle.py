@@ -139,6 +139,10 @@ class Handle:
         """Nothing is read ahead; `why` stands in reports."""
         self._why_no_prediction = why
 
+    def on_detach(self, undo: Callable[[], object]) -> None:
+        """Run `undo` when the model gets its own modules back."""
+        self._undo.insert(0, undo)
+
     def before_close(self, action: Callable[[], object]) -> None:
         """Run `action` once, while slots and cache are still there."""
         self._before_close.append(action)

@@ -34,6 +34,7 @@ from moe_runtime.integrations.transformers.linears import speed_up_linears
 from moe_runtime.integrations.transformers.ranks import Ranks, check_maths
 from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.integrations.transformers.stepping import step_layers
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
@@ -43,6 +44,7 @@ from moe_runtime.memory.scaled_tensor import ScaledTensor
 from moe_runtime.memory.tensor_map import TensorMap
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.world import own_device
+from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
 
@@ -70,6 +72,8 @@ def load(
     dispatch: str | None = None,
     payload: str = "exact",
     pipeline: int | str | Path = 1,
+    attention: str | None = None,
+    tables: str | Path | DeviceTables | None = None,
     timeout_seconds: float | None = None,
     revision: str | None = None,
     subfolder: str = "",
@@ -111,14 +115,16 @@ def load(
 
     On several ranks, `mesh` (a torch DeviceMesh of one dimension; without it, all that torchrun has
     started), `placement` (a file; without it experts e * G / E on rank e) or `dispatch` ('auto',
-    'alltoall', 'allreduce', 'hierarchical') shares the experts among them: each rank reads its
-    own, and `expert_memory` is for these. Ranks generate from prompts of their own, in step;
-    `handle(model).parallel.finish()` follows each rank's last, and
+    'alltoall', 'allreduce', 'hierarchical', 'coherent', 'speculative') shares the experts among
+    them: each rank reads its own, and `expert_memory` is for these. Ranks generate from prompts of
+    their own, in step; `handle(model).parallel.finish()` follows each rank's last, and
     `handle(model).parallel.ask_to_migrate(placement)` moves experts meanwhile. `payload` 'bfloat16'
     or 'int8' rounds hidden states in messages: a lossy choice, never made for you. `pipeline`
     chunks of a layer's tokens let messages and computing overlap: a number, or a file of
-    `moe-runtime probe --collectives`, by which each forward has the best.
-    `timeout_seconds` is how long a rank waits for another, where the process group is made here.
+    `moe-runtime probe --collectives`, by which each forward has the best. With `attention` 'tensor'
+    ranks have a share of the heads each, and run the same prompts. `tables`, for 'speculative', is
+    what `placement solve --tables` wrote with the placement. `timeout_seconds` is how long a rank
+    waits for another, where the process group is made here.
 
     Raises BudgetError (too little memory, with the floor), CheckpointError (missing or damaged
     files), UnsupportedModelError (no experts, otherwise quantised, unknown family), PredictorError
@@ -141,7 +147,7 @@ def load(
     may_shrink = memory == ExpertMemory()
     tiers = TierSettings.parse(host_memory, miss, may_shrink=may_shrink, exact=exact)
     device = single_device(device_map)
-    if any(option is not None for option in (mesh, placement, dispatch)):
+    if any(option is not None for option in (mesh, placement, dispatch, attention, tables)):
         device = own_device(device)
     resolved = resolve_model(
         model,
@@ -160,6 +166,8 @@ def load(
         dispatch=dispatch,
         payload=payload,
         pipeline=pipeline,
+        attention=attention,
+        tables=tables,
         timeout_seconds=timeout_seconds,
         device=device,
         exact=exact,
@@ -218,6 +226,8 @@ def load(
             speed_up_linears(result)
         origin = Origin.of(resolved.folder, handle)
         foresee(result, handle, predictor, origin)
+        if ranks is not None:
+            step_layers(result, handle, ranks)
         # What another run had in its cache may be another rank's.
         if warm_start and ranks is None:
             start_warm(handle, None if warm_start is True else Path(warm_start), origin)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,17 @@ from moe_runtime.integrations.transformers.survey import Survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.parallel.degree import Degree, FittedDegree, FixedDegree
-from moe_runtime.parallel.expert_parallel import ExpertParallel, check_dispatch
+from moe_runtime.parallel.expert_parallel import (
+    ATTENTIONS,
+    DISPATCHES,
+    ExpertParallel,
+    check_dispatch,
+)
 from moe_runtime.parallel.payload import ExactPayload
 from moe_runtime.parallel.plan import ExpertPlan, check_placement, linear_placement
 from moe_runtime.parallel.world import World, check_agreement, started_ranks
 from moe_runtime.perf.interconnect import Interconnect
+from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
 
@@ -35,6 +41,8 @@ class Ranks:
     dispatch: str
     payload: str
     pipeline: int | Interconnect
+    attention: str
+    tables: DeviceTables | None
 
     @classmethod
     def join(
@@ -45,13 +53,15 @@ class Ranks:
         dispatch: str | None,
         payload: str,
         pipeline: int | str | Path,
+        attention: str | None,
+        tables: str | Path | DeviceTables | None,
         timeout_seconds: float | None,
         device: torch.device,
         exact: bool,
         predictor: str | Path,
     ) -> "Ranks | None":
         """Meet the others if any option asks for it. Raises ParallelError and PlacementError."""
-        if mesh is None and placement is None and dispatch is None:
+        if all(option is None for option in (mesh, placement, dispatch, attention, tables)):
             if timeout_seconds is not None:
                 raise ParallelError(
                     "timeout_seconds has no effect on one process; give mesh=, placement= or "
@@ -66,10 +76,18 @@ class Ranks:
                         "dispatch= too"
                     )
             return None
-        check_dispatch(dispatch or "auto", payload)
+        dispatch, attention = _modes(dispatch, attention, has_tables=tables is not None)
+        check_dispatch(dispatch, payload)
         chunks = pipeline if isinstance(pipeline, int) else Interconnect.load(Path(pipeline))
         if isinstance(chunks, int) and chunks < 1:
             raise ValueError(f"pipeline is {chunks}; a layer runs in 1 chunk or more")
+        if attention == "tensor" or dispatch in ("coherent", "speculative"):
+            for name, value in given.items():
+                if value != usual[name]:
+                    raise ParallelError(
+                        f"{name}={value!r} is of alltoall's messages, and dispatch {dispatch!r} "
+                        f"with attention {attention!r} sends others; leave one of them out"
+                    )
         if exact:
             raise ParallelError(
                 "exact=True promises the bits of one process, and ranks add up partial sums in "
@@ -82,6 +100,8 @@ class Ranks:
             )
         if placement is not None and not isinstance(placement, Placement):
             placement = Placement.load(placement)
+        if tables is not None and not isinstance(tables, DeviceTables):
+            tables = DeviceTables.load(tables)
         started = started_ranks()
         num_ranks = mesh.size() if mesh is not None else started
         if placement is not None and num_ranks is not None and placement.gpus != num_ranks:
@@ -95,9 +115,11 @@ class Ranks:
         return cls(
             world=world,
             placement=placement,
-            dispatch=dispatch or "auto",
+            dispatch=dispatch,
             payload=payload,
             pipeline=chunks,
+            attention=attention,
+            tables=tables,
         )
 
     def share(
@@ -158,7 +180,7 @@ class Ranks:
     ) -> dict[str, str]:
         config = json.dumps(found.model.config.to_dict(), sort_keys=True, default=str)
         tensors = [(n, t.dtype, tuple(t.shape), t.offset) for n, t in sorted(checkpoint.items())]
-        placement = self.placement
+        placement, tables = self.placement, self.tables
         slots = b"none" if placement is None else placement.slots.tobytes()
         nodes = 1 if placement is None else placement.nodes
         facts: dict[str, object] = {
@@ -172,6 +194,8 @@ class Ranks:
             "dispatch": self.dispatch,
             "payload": self.payload,
             "pipeline": _digest(repr(self.pipeline).encode()),
+            "attention": self.attention,
+            "tables": _digest(b"none" if tables is None else _bytes_of(tables)),
         }
         return {name: str(value) for name, value in (facts | dict(settings)).items()}
 
@@ -185,6 +209,32 @@ def check_maths(sites: list[ExpertSite], maths: list[LayerMath | TieredMath | No
                 "uses; expert parallelism needs experts of transformers' common interface "
                 "(docs/families.md): leave out mesh, placement and dispatch"
             )
+
+
+def _modes(dispatch: str | None, attention: str | None, *, has_tables: bool) -> tuple[str, str]:
+    """What was asked for, with what stands for nothing; raises ValueError and ParallelError."""
+    attention = attention or ATTENTIONS[0]
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention {attention!r} is unknown; choose from {', '.join(ATTENTIONS)}")
+    is_shared = attention == "tensor"
+    dispatch = dispatch or ("speculative" if has_tables else "alltoall" if is_shared else "auto")
+    if dispatch not in DISPATCHES:
+        raise ValueError(f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}")
+    if is_shared and dispatch not in ("alltoall", "speculative"):
+        raise ParallelError(
+            f"attention 'tensor' sums rows where their experts are, and dispatch {dispatch!r} "
+            "moves them otherwise; choose alltoall, or speculative with tables"
+        )
+    if has_tables != (dispatch == "speculative"):
+        raise ParallelError(
+            "dispatch 'speculative' looks tokens up in tables, which no other does; give both "
+            "dispatch='speculative' and tables=, as `placement solve --tables` writes them"
+        )
+    return dispatch, attention
+
+
+def _bytes_of(tables: DeviceTables) -> bytes:
+    return b"".join(getattr(tables, field.name).tobytes() for field in fields(tables))
 
 
 def _digest(data: bytes) -> str:

@@ -38,7 +38,7 @@ PEER_ALL_TO_ALL = "transformers all_to_all"
 PEER_ALL_REDUCE = "transformers all_reduce"
 PEER_DEEPSPEED = "DeepSpeed-MoE, no drop"
 _PEERS = (PEER_ALL_TO_ALL, PEER_ALL_REDUCE, PEER_DEEPSPEED)
-_DTYPE = torch.bfloat16
+DTYPE = torch.bfloat16
 _SEED = 0
 
 
@@ -55,6 +55,8 @@ class TrafficRow:
     ratio: float  # to a row each pair, under the placement of equal parts
     counted_bytes: int | None
     counted_formula_bytes: int | None
+    moe_bytes_per_token_layer: float | None = None  # where others carry context or attention
+    local_activation_rate: dict[str, float | None] | None = None  # by whether tables saw the id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,21 +78,34 @@ class Replay:
         """Of one token for one of its experts."""
         return self._row(1)
 
-    def batches(self, tokens_per_rank: int, limit: int) -> Iterator[Array]:
-        """`[G, T, L, K]`, at even distances over the trace, of `limit` tokens together at most."""
+    def spans(self, tokens_per_rank: int, limit: int) -> list[slice]:
+        """Batches at even distances over the trace, of `limit` tokens together at most."""
         step = self.num_ranks * tokens_per_rank
         num_batches = min(len(self.topk), limit) // step
-        for first in np.linspace(0, len(self.topk) - step, num_batches).astype(int):
-            batch = self.topk[first : first + step]
+        firsts = np.linspace(0, len(self.topk) - step, num_batches).astype(int)
+        return [slice(int(first), int(first) + step) for first in firsts]
+
+    def batches(self, tokens_per_rank: int, limit: int) -> Iterator[Array]:
+        """`[G, T, L, K]` of each span."""
+        for span in self.spans(tokens_per_rank, limit):
+            batch = self.topk[span]
             yield batch.reshape(self.num_ranks, tokens_per_rank, *batch.shape[1:])
 
     def _row(self, top_k: int) -> RowBytes:
         return RowBytes.sized(
             model_dim=self.model_dim,
-            item_bytes=_DTYPE.itemsize,
+            item_bytes=DTYPE.itemsize,
             top_k=top_k,
-            weight_bytes=_DTYPE.itemsize,
+            weight_bytes=DTYPE.itemsize,
         )
+
+
+def token_ids_of(topk: Array, token_id: Array | None) -> Array:
+    """`[N]` of the tokens of `routing_of`; -1 where the trace has no ids."""
+    if token_id is None:
+        token_id = np.full(len(topk), -1)
+    known: Array = token_id[(topk >= 0).all(axis=(1, 2))]
+    return known
 
 
 def routing_of(topk: Array, *, top_k: int | None, source: str) -> Array:
@@ -176,8 +191,8 @@ def send_batch(ledger: Ledger, plan: ExpertPlan, replay: Replay, name: str, batc
         index = torch.from_numpy(batch[plan.rank, :, layer].astype(np.int64))
         if name == WITHOUT_DEDUPLICATION:
             index = index.reshape(-1, 1)
-        hidden = torch.randn((len(index), replay.model_dim), generator=generator).to(_DTYPE)
-        rows = Rows(hidden, index, torch.ones(index.shape, dtype=_DTYPE))
+        hidden = torch.randn((len(index), replay.model_dim), generator=generator).to(DTYPE)
+        rows = Rows(hidden, index, torch.ones(index.shape, dtype=DTYPE))
         here, state = dispatcher.dispatch(layer, rows, [len(index)] * plan.num_ranks)
         back = dispatcher.combine(here.hidden, state)
         assert back.shape == hidden.shape
