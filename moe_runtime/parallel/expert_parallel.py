@@ -222,7 +222,8 @@ class ExpertParallel:
     def report(self) -> dict[str, Any]:
         """What this rank sent, by layer and rank; counts are since loading."""
         ledger = self.world.ledger
-        layers = {n: line for n, line in ledger.sent().items() if n >= 0}
+        others = (CONTROL, MIGRATION)  # than what forwards send
+        layers = {n: line for n, line in ledger.sent().items() if n not in others}
         moved = ledger.sent().get(MIGRATION)
         everything = ledger.sent().values()
         to_rank = [sum(line.num_bytes[g] for line in everything) for g in range(ledger.num_ranks)]

@@ -198,7 +198,7 @@ def test_a_rank_that_dies_amid_a_migration_ends_the_others() -> None:
     try:
         _, said = healthy.communicate(timeout=LONG_SECONDS)
         assert healthy.returncode == 3, said
-        assert "rank 0 of 2 lost the others in all_to_all between layers" in said
+        assert "rank 0 of 2 lost the others in all_to_all between MoE layers" in said
         assert failing.wait(LONG_SECONDS) == 9
     except subprocess.TimeoutExpired:
         pytest.fail("the healthy rank still waits")

@@ -222,14 +222,17 @@ def test_models_whose_layers_cannot_be_stepped_are_refused_with_the_remedy(
             ParallelError,
             "which no other does",
         ),
+        ({"dispatch": "coherent", "payload": "int8"}, ParallelError, "sends others"),
+        ({"attention": "tensor", "pipeline": 2}, ParallelError, "sends others"),
     ],
-    ids=["unknown", "two ways", "no tables", "tables for nobody"],
+    ids=["unknown", "two ways", "no tables", "tables for nobody", "rounded", "in chunks"],
 )
 def test_modes_that_contradict_are_refused_before_ranks_meet(
     options: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     nothing: dict[str, Any] = {
         "mesh": None, "placement": None, "dispatch": None, "attention": None, "tables": None,
+        "payload": "exact", "pipeline": 1,
         "timeout_seconds": None, "device": None, "exact": False, "predictor": "off",
     }  # fmt: skip
     with pytest.raises(error, match=words):

@@ -61,14 +61,14 @@ class Ranks:
         predictor: str | Path,
     ) -> "Ranks | None":
         """Meet the others if any option asks for it. Raises ParallelError and PlacementError."""
+        given = {"payload": payload, "pipeline": pipeline}
+        usual = {"payload": ExactPayload.name, "pipeline": 1}
         if all(option is None for option in (mesh, placement, dispatch, attention, tables)):
             if timeout_seconds is not None:
                 raise ParallelError(
                     "timeout_seconds has no effect on one process; give mesh=, placement= or "
                     "dispatch= too"
                 )
-            given = {"payload": payload, "pipeline": pipeline}
-            usual = {"payload": ExactPayload.name, "pipeline": 1}
             for name, value in given.items():
                 if value != usual[name]:
                     raise ParallelError(
