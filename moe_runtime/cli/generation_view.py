@@ -7,7 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from moe_runtime.cli.generation_page import generation_page
-from moe_runtime.cli.terminal import Meter, Terminal
+from moe_runtime.cli.loading_view import LoadingView
+from moe_runtime.cli.terminal import Terminal
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.measure.completion import Completion
 from moe_runtime.measure.generation import Generation, GenerationRequest, run_generation
@@ -32,47 +33,39 @@ def generate_and_show(request: GenerationRequest, terminal: Terminal) -> None:
     generation.require_parity()
 
 
-class _View:
-    """Writes what happens. `on_screen` holds the bar or spinner of the moment, if any."""
+class _View(LoadingView):
+    """Writes what happens."""
 
     def __init__(
         self, request: GenerationRequest, terminal: Terminal, on_screen: ExitStack
     ) -> None:
+        super().__init__(terminal, on_screen)
         self._request = request
-        self._terminal = terminal
-        self._on_screen = on_screen
-        self._meter: Meter | None = None
-
-    def on_loading(self, done: int, total: int) -> None:
-        if self._meter is None:
-            self._meter = self._on_screen.enter_context(self._terminal.progress("loading"))
-        self._meter.update(done, total)
 
     def on_loaded(self, placement: str) -> None:
-        self._on_screen.close()
         model = self._request.model
         name = Path(model).name if Path(model).is_dir() else model
-        self._terminal.remark(f"{name or model}: {placement}")
+        super().on_loaded(f"{name or model}: {placement}")
 
     def on_prompt(self, prompt: Prompt) -> None:
         wanted = self._request.decoding.max_new_tokens
         if prompt.max_new_tokens < wanted:
-            self._terminal.warn(
+            self.terminal.warn(
                 f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, so the model's context "
                 f"has room for {prompt.max_new_tokens} new ones, not {wanted}"
             )
-        self._terminal.write(f"\n{prompt.text}", style="bold cyan")
+        self.terminal.write(f"\n{prompt.text}", style="bold cyan")
 
     def on_text(self, text: str) -> None:
-        self._terminal.write(text)
+        self.terminal.write(text)
 
     def on_completion(self, completion: Completion) -> None:
-        self._terminal.write("\n")
+        self.terminal.write("\n")
 
     def on_check(self) -> None:
-        self._on_screen.close()  # it is said once more when the other process starts
-        self._on_screen.enter_context(
-            self._terminal.waiting("running the unmodified model for comparison")
+        self.on_screen.close()  # it is said once more when the other process starts
+        self.on_screen.enter_context(
+            self.terminal.waiting("running the unmodified model for comparison")
         )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from moe_runtime.cli.loading_view import LoadingView
 from moe_runtime.cli.options import (
     MODEL_PANEL,
     OUTPUT_PANEL,
@@ -25,7 +26,7 @@ from moe_runtime.cli.options import (
 )
 from moe_runtime.cli.outputs import check_writable
 from moe_runtime.cli.prompts import read_prompts
-from moe_runtime.cli.terminal import Meter, Terminal
+from moe_runtime.cli.terminal import Terminal
 from moe_runtime.expert_memory import ExpertMemory
 
 if TYPE_CHECKING:
@@ -181,29 +182,9 @@ def _parse_batches(written: str) -> list[int]:
     return sizes
 
 
-class _View:
-    """Shows how far it is. `on_screen` holds the bar of the moment."""
-
-    def __init__(self, terminal: Terminal, on_screen: ExitStack) -> None:
-        self._terminal = terminal
-        self._on_screen = on_screen
-        self._meter: Meter | None = None
-
-    def on_loading(self, done: int, total: int) -> None:
-        self._show("loading", done, total)
-
-    def on_loaded(self, placement: str) -> None:
-        self._on_screen.close()
-        self._meter = None
-        self._terminal.remark(placement)
-
+class _View(LoadingView):
     def on_batch(self, done: int, total: int) -> None:
-        self._show("batch sizes", done, total)
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        if self._meter is None:
-            self._meter = self._on_screen.enter_context(self._terminal.progress(what))
-        self._meter.update(done, total)
+        self.show_progress("batch sizes", done, total)
 
 
 def _show(found: "Profile", terminal: Terminal) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from moe_runtime.cli.loading_view import LoadingView
 from moe_runtime.cli.options import (
     OUTPUT_PANEL,
     TEXT_PANEL,
@@ -28,7 +29,7 @@ from moe_runtime.cli.options import (
 )
 from moe_runtime.cli.outputs import check_writable
 from moe_runtime.cli.prompts import read_labelled_prompts
-from moe_runtime.cli.terminal import Meter, Terminal
+from moe_runtime.cli.terminal import Terminal
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 
 if TYPE_CHECKING:
@@ -118,33 +119,13 @@ def record(
         terminal.show(_figures(recording))
 
 
-class _View:
-    """Shows how far it is. `on_screen` holds the bar of the moment."""
-
-    def __init__(self, terminal: Terminal, on_screen: ExitStack) -> None:
-        self._terminal = terminal
-        self._on_screen = on_screen
-        self._meter: Meter | None = None
-
-    def on_loading(self, done: int, total: int) -> None:
-        self._show("loading", done, total)
-
-    def on_loaded(self, placement: str) -> None:
-        self._on_screen.close()
-        self._meter = None
-        self._terminal.remark(placement)
-
+class _View(LoadingView):
     def on_prompts(self, done: int, total: int) -> None:
-        self._show("prompts", done, total)
+        self.show_progress("prompts", done, total)
 
     def on_cut_short(self, kept: Path, num_tokens: int) -> None:
-        self._on_screen.close()
-        self._terminal.warn(f"the {num_tokens} tokens recorded so far are kept in {kept}")
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        if self._meter is None:
-            self._meter = self._on_screen.enter_context(self._terminal.progress(what))
-        self._meter.update(done, total)
+        self.clear()
+        self.terminal.warn(f"the {num_tokens} tokens recorded so far are kept in {kept}")
 
 
 def _figures(recording: "Recording") -> Table:
