@@ -182,19 +182,22 @@ class DiskReader:
         return [partial(self._read_blocks, file, group, blob) for group in groups]
 
     def _read_blocks(self, file: _OpenFile, moves: list[BlockMove], blob: Blob) -> None:
-        offset = moves[0].file_offset
-        num_bytes = moves[-1].file_offset + moves[-1].num_bytes - offset
+        first, last = moves[0], moves[-1]
+        num_bytes = last.file_offset + last.num_bytes - first.file_offset
         with self._buffer(num_bytes) as buffer:
-            data = torch.from_numpy(self._read(file, offset, num_bytes, buffer))
+            if first.keeps_packed:  # neighbours in the file are neighbours in the blob
+                data = blob[first.blob_offset : first.blob_offset + num_bytes]
+                if not self._read_in_place(file, first.file_offset, data, buffer):
+                    np.copyto(data, self._read(file, first.file_offset, num_bytes, buffer))
+            else:
+                data = self._read(file, first.file_offset, num_bytes, buffer)
             tasks = []
             for move in moves:
-                first = move.file_offset - offset
-                packed = data[first : first + move.num_bytes]
-                end = move.blob_offset + move.block.num_elements * ITEM_BYTES
+                start = move.file_offset - first.file_offset
+                packed = torch.from_numpy(data[start : start + move.num_bytes])
                 weights = None
-                if move.keeps_packed:
-                    blob[move.blob_offset : move.blob_offset + move.num_bytes] = packed.numpy()
-                else:
+                if not move.keeps_packed:
+                    end = move.blob_offset + move.block.num_elements * ITEM_BYTES
                     weights = torch.from_numpy(blob[move.blob_offset : end])
                 tasks.append(move.block.task(packed, weights))
             # Past the caches: other experts may be computing out of them.

@@ -4,9 +4,16 @@ from dataclasses import replace
 from functools import lru_cache
 
 from moe_runtime.expert import ExpertKey
-from moe_runtime.memory.layout import ALIGNMENT_BYTES, ExpertLayout
+from moe_runtime.memory.layout import ALIGNMENT_BYTES, BLOCK_BYTES, ExpertLayout
 from moe_runtime.memory.packed_blob import BlockPlace, BytePlace, PackedBlob
-from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, StridedMove, TensorMap
+from moe_runtime.memory.tensor_map import (
+    LARGE_BYTES,
+    BlockMove,
+    ByteMove,
+    Extent,
+    StridedMove,
+    TensorMap,
+)
 
 
 class PackedMap:
@@ -14,6 +21,8 @@ class PackedMap:
 
     def __init__(self, tensor_map: TensorMap) -> None:
         self._tensor_map = tensor_map
+        # What stands in its slot as it stands in its block of the disk is read without a copy.
+        self._phase_bytes = BLOCK_BYTES if tensor_map.slot_bytes >= LARGE_BYTES else 1
         self._plan = lru_cache(maxsize=None)(self._make_plan)
         self.slot_bytes = max(self._blob(key).num_bytes for key in tensor_map.all_keys())
 
@@ -57,15 +66,24 @@ class PackedMap:
         end = 0
         for extent in self._tensor_map.extents(key):
             moves: list[BlockMove | ByteMove] = []
+            start = end + (extent.offset - end) % self._phase_bytes
             for move in extent.moves:
                 if isinstance(move, BlockMove):
-                    blocks.append(BlockPlace(end, move.blob_offset, move.block))
-                    moves.append(replace(move, blob_offset=end, keeps_packed=True))
+                    # Blocks that are neighbours in the file are neighbours here.
+                    place = start + move.file_offset - extent.offset
+                    blocks.append(BlockPlace(place, move.blob_offset, move.block))
+                    moves.append(replace(move, blob_offset=place, keeps_packed=True))
                 else:
                     assert isinstance(move, ByteMove)
-                    plain.append(BytePlace(end, move.blob_offset, move.num_bytes))
-                    moves.append(replace(move, blob_offset=end))
-                end += -(-move.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+                    place = end
+                    plain.append(BytePlace(place, move.blob_offset, move.num_bytes))
+                    moves.append(replace(move, blob_offset=place))
+                end = max(end, _aligned(place + move.num_bytes, ALIGNMENT_BYTES))
             extents.append(replace(extent, moves=tuple(moves)))  # type: ignore[arg-type]  # one kind
-        packed = PackedBlob(tuple(blocks), tuple(plain), end)
+        num_bytes = _aligned(end, max(self._phase_bytes, ALIGNMENT_BYTES))
+        packed = PackedBlob(tuple(blocks), tuple(plain), num_bytes)
         return tuple(extents), replace(self._tensor_map.layout(key), compact=packed)
+
+
+def _aligned(num_bytes: int, alignment: int) -> int:
+    return -(-num_bytes // alignment) * alignment

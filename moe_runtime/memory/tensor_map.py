@@ -17,7 +17,7 @@ from moe_runtime.memory.packing import ITEM_BYTES, PackedBlock, PackedTensor
 from moe_runtime.memory.scaled_blob import ScaledPart
 
 # From which on the room for phases does not count, and a copy does.
-_LARGE_BYTES = 2**20
+LARGE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ class TensorMap:
 
 
 def _beside_blocks(layer: LayerExperts) -> LayerExperts:
-    if layer.scaled is not None or layer.layout.num_bytes < _LARGE_BYTES:
+    if layer.scaled is not None or layer.layout.num_bytes < LARGE_BYTES:
         return layer
     parameters = [(spec.name, spec.shape, spec.dtype) for spec in layer.layout.parameters]
     phases = {

@@ -22,6 +22,7 @@ from moe_runtime.integrations.transformers.pack import pack_model
 from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.measure.inspection import inspect_model
 from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.layout import BLOCK_BYTES
 from moe_runtime.memory.packing import PackedTensor
 from moe_runtime.memory.read_tensor import read_tensor
 from moe_runtime.memory.unpack_folder import unpack_folder
@@ -113,6 +114,20 @@ def test_greedy_tokens_and_poison(kind: str, sharded: Path, packed: Path) -> Non
     moe_runtime.handle(model).engine._poison = True
     found = model.generate(ids, **settings)
     assert torch.equal(found, load(sharded, expert_memory="35%").generate(ids, **settings))
+
+
+def test_large_experts_need_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: blocks that stay packed are read in place, and checked there."""
+    save_mixtral(tmp_path / "plain", hidden_size=512, intermediate_size=800)
+    cast_to_bfloat16(tmp_path / "plain")
+    pack_model(tmp_path / "plain", tmp_path / "packed")
+    model = load(tmp_path / "packed", "packed", "35%")
+    reader = moe_runtime.handle(model).engine.reader
+    if reader.is_direct and max(f.block_bytes for f in reader._files.values()) == BLOCK_BYTES:
+        monkeypatch.setattr(reader, "_read", None)  # reads that are copied
+    for ids in (prompt(), prompt()[:1, :1]):
+        plain = load(tmp_path / "plain", expert_memory="35%")
+        assert torch.equal(logits_of(model, ids), logits_of(plain, ids))
 
 
 def test_float32_of_packed_bfloat16(sharded: Path, packed: Path) -> None:
