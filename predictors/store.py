@@ -84,7 +84,7 @@ def load_predictor(path: Path, expected: Fingerprint | None = None) -> Predictor
 def split_of(path: Path) -> Split | None:
     """Which split a predictor's file was fitted with; the file has been loaded before."""
     with safe_open(path, framework="numpy") as file:
-        found = json.loads(file.metadata()[_KEY])["split"]
+        found = json.loads(file.metadata()[_KEY]).get("split")
     return None if found is None else Split(**found)
 
 

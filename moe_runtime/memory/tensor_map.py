@@ -198,13 +198,19 @@ class TensorMap:
             for expert in range(experts.num_experts):
                 yield ExpertKey(layer, expert)
 
-    def beside_blocks(self) -> "TensorMap":
+    def beside_blocks(self, *, only_scaled: bool = False) -> "TensorMap":
         """The same experts, each parameter where its first byte stands in a block of its file.
 
         What is read as it is then needs no copy, in slots that start on blocks. For code whose bits
-        do not depend on addresses. Small and quantised experts stay as they are.
+        do not depend on addresses; `only_scaled` for other code: what it computes of a quantised
+        expert stands elsewhere. Small experts stay as they are.
         """
-        return TensorMap([_beside_blocks(layer) for layer in self.layers])
+        return TensorMap(
+            [
+                _beside_blocks(layer) if layer.scaled is not None or not only_scaled else layer
+                for layer in self.layers
+            ]
+        )
 
     def _layout(self, key: ExpertKey) -> ExpertLayout:
         """Where the parameters of `key` stand in its blob."""
@@ -237,7 +243,7 @@ class TensorMap:
 
 
 def _beside_blocks(layer: LayerExperts) -> LayerExperts:
-    if layer.scaled is not None or layer.layout.num_bytes < LARGE_BYTES:
+    if layer.layout.num_bytes < LARGE_BYTES:
         return layer
     parameters = [(spec.name, spec.shape, spec.dtype) for spec in layer.layout.parameters]
     phases = {

@@ -21,10 +21,13 @@ from moe_runtime.integrations.gguf import write_gguf
 from moe_runtime.integrations.transformers.pack import pack_model
 from moe_runtime.measure.inspection import inspect_model
 from moe_runtime.memory.compact_slots import CompactSlots
+from moe_runtime.memory.disk import DiskReader
+from moe_runtime.memory.layout import BLOCK_BYTES
 from tests.command_line import run_here
 from tests.quantised_checkpoints import (
     CUT,
     FP8,
+    WHOLE,
     change_config,
     load_dequantised,
     resave,
@@ -103,6 +106,26 @@ def test_exact_outputs_are_those_of_transformers(
     assert moe_runtime.handle(ours).budget.num_slots < 3 * NUM_EXPERTS  # there are evictions
     same_outputs(ours, load_dequantised(folder(name), dtype))
     assert moe_runtime.handle(ours).report()["cache"]["misses"] > 3 * NUM_EXPERTS
+
+
+def test_large_values_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law: what is dequantised elsewhere may stand in its slot as in its file, exact or not."""
+    large = {"hidden_size": 512, "moe_intermediate_size": 1536, "num_hidden_layers": 2}
+    folder = save_fp8(tmp_path / "model", WHOLE | large)
+    in_place: list[bool] = []
+    real = DiskReader._read_in_place
+
+    def watched(self: DiskReader, *arguments: Any) -> bool:
+        in_place.append(real(self, *arguments))
+        return in_place[-1]
+
+    monkeypatch.setattr(DiskReader, "_read_in_place", watched)
+    ours = load(folder, exact=True, expert_memory="50%")
+    same_outputs(ours, load_dequantised(folder))
+    assert in_place
+    reader = moe_runtime.handle(ours).engine.reader
+    if reader.is_direct and max(f.block_bytes for f in reader._files.values()) == BLOCK_BYTES:
+        assert all(in_place)
 
 
 @pytest.mark.parametrize("name", ["fp8", "mxfp4"])

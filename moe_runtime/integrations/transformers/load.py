@@ -304,8 +304,9 @@ class _Plan:
             parallel = self._ranks.share(found, self._checkpoint, settings)
             num_neighbours = self._ranks.world.num_neighbours
         tensor_map = found.tensor_map
-        if not accelerated and not self._exact and computes_compact(maths):
-            tensor_map = tensor_map.beside_blocks()  # the kernel's bits know no addresses
+        if not accelerated:
+            is_by_kernel = not self._exact and computes_compact(maths)  # its bits know no addresses
+            tensor_map = tensor_map.beside_blocks(only_scaled=not is_by_kernel)
         budget = plan_budget(
             self._memory,
             tensor_map,
