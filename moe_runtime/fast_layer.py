@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from moe_runtime.kernels.cpu.experts import Weight
+from moe_runtime.kernels.cpu.matrix import Weight
 from moe_runtime.layer import MAX_HELD_BYTES, Dispatch, ExpertAccess, ExpertMath, run_experts
 from moe_runtime.memory.compact_slots import CompactWeights
 

@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from moe_runtime import fast_layer
 from moe_runtime.fast_layer import FastMath
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate
+from moe_runtime.kernels.cpu.experts import CpuExperts
+from moe_runtime.kernels.cpu.operation import Gate
 from moe_runtime.layer import Accumulator, Dispatch, ExpertMath
 from tests.honest_experts import honest_forward, parameter_shapes, random_routing, silu_gate
 from tests.test_layer import RandomArrival

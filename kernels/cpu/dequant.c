@@ -12,6 +12,8 @@
 #include <string.h>
 
 #include "openmp.h"
+#include "scaled_numbers.h"
+#include "transpose.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -19,7 +21,7 @@
 enum { INTERFACE = 1 };
 
 enum { PLAIN = 0, AVX2 = 1, AVX512 = 2 };
-enum { BLOCK = 128, GROUP = 32, TILE_ROWS = 128, TILE_COLUMNS = 64 };
+enum { BLOCK = 128, GROUP = 32 };
 /* Rows that are asked for before they are decoded: each lies in another page than the last. */
 enum { ROWS_AHEAD = 16 };
 /* Weights of a result that goes past the caches, 8 MiB. */
@@ -44,47 +46,15 @@ typedef void fp8_run(const uint8_t *values, float scale, int64_t count, uint16_t
 typedef void mxfp4_run(const uint8_t *codes, const uint8_t *scales, int64_t num_groups,
                        uint16_t *out);
 
-static float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0; /* NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static float e4m3(uint8_t byte) {
-    const uint32_t sign = (uint32_t)(byte & 0x80) << 24, rest = byte & 0x7f;
-    if (rest == 0x7f) return float_of(0x7fc00000);
-    if (rest < 8) return float_of(sign | 0x3b000000) * (float)rest; /* subnormal: rest * 2^-9 */
-    return float_of(sign | ((rest << 20) + (120u << 23)));
-}
-
 static void fp8_plain(const uint8_t *values, float scale, int64_t count, uint16_t *out) {
-    for (int64_t i = 0; i < count; i++) out[i] = rounded(e4m3(values[i]) * scale);
-}
-
-/* bfloat16 bits of the 16 numbers of e2m1. */
-static const uint16_t E2M1[16] = {
-    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0,
-    0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0,
-};
-
-static void scaled_numbers(uint8_t scale, uint16_t numbers[16]) {
-    const uint32_t bits = scale == 255 ? 0x7fc00000 : scale ? (uint32_t)scale << 23 : 1u << 22;
-    for (int c = 0; c < 16; c++)
-        numbers[c] = rounded(float_of((uint32_t)E2M1[c] << 16) * float_of(bits));
+    for (int64_t i = 0; i < count; i++) out[i] = moe_bf16(moe_e4m3(values[i]) * scale);
 }
 
 static void mxfp4_plain(const uint8_t *codes, const uint8_t *scales, int64_t num_groups,
                         uint16_t *out) {
     for (int64_t g = 0; g < num_groups; g++) {
         uint16_t numbers[16];
-        scaled_numbers(scales[g], numbers);
+        moe_scaled_e2m1(scales[g], numbers);
         for (int i = 0; i < GROUP / 2; i++) {
             *out++ = numbers[*codes & 15];
             *out++ = numbers[*codes++ >> 4];
@@ -92,19 +62,11 @@ static void mxfp4_plain(const uint8_t *codes, const uint8_t *scales, int64_t num
     }
 }
 
-/* `stride` is that of the rows of `out`, which get the columns of `tile`. */
-static void transpose_plain(const uint16_t *tile, int64_t num_rows, int64_t num_columns,
-                            uint16_t *out, int64_t stride) {
-    for (int64_t k = 0; k < num_columns; k++)
-        for (int64_t n = 0; n < num_rows; n++) out[k * stride + n] = tile[n * TILE_COLUMNS + k];
-}
-
 /* A test defines MOE_OTHER_PROCESSOR to see what is built elsewhere. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MOE_OTHER_PROCESSOR)
 
 #include <immintrin.h>
 
-#define UNROLL _Pragma("GCC unroll 8")
 #define MOE_AVX2 __attribute__((target("avx2,f16c")))
 #define MOE_AVX512 __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl")))
 
@@ -154,7 +116,7 @@ MOE_AVX512 static void fp8_512(const uint8_t *values, float scale, int64_t count
 MOE_AVX512 static void mxfp4_512(const uint8_t *codes, const uint8_t *scales, int64_t num_groups,
                                  uint16_t *out) {
     const __m512i base =
-        _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(const void *)E2M1));
+        _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(const void *)MOE_E2M1));
     for (int64_t g = 0; g < num_groups; g++, codes += GROUP / 2, out += GROUP) {
         if (!is_usual(scales[g])) {
             mxfp4_plain(codes, scales + g, 1, out);
@@ -200,7 +162,7 @@ MOE_AVX2 static void fp8_256(const uint8_t *values, float scale, int64_t count, 
 
 MOE_AVX2 static void mxfp4_256(const uint8_t *codes, const uint8_t *scales, int64_t num_groups,
                                uint16_t *out) {
-    const __m256i base = _mm256_loadu_si256((const __m256i *)(const void *)E2M1);
+    const __m256i base = _mm256_loadu_si256((const __m256i *)(const void *)MOE_E2M1);
     const __m256i is_zero = _mm256_cmpeq_epi16(
         _mm256_and_si256(base, _mm256_set1_epi16(0x7fff)), _mm256_setzero_si256());
     const __m128i nibble = _mm_set1_epi8(15);
@@ -230,52 +192,6 @@ MOE_AVX2 static void mxfp4_256(const uint8_t *codes, const uint8_t *scales, int6
     }
 }
 
-/* Eight rows of eight, by the instructions that every x86-64 has. */
-static void transpose_8x8(const uint16_t *tile, uint16_t *out, int64_t stride) {
-    __m128i a[8], b[8];
-    UNROLL for (int n = 0; n < 8; n++) a[n] = _mm_loadu_si128((const __m128i *)(tile + n * TILE_COLUMNS));
-    UNROLL for (int n = 0; n < 4; n++) {
-        b[2 * n] = _mm_unpacklo_epi16(a[2 * n], a[2 * n + 1]);
-        b[2 * n + 1] = _mm_unpackhi_epi16(a[2 * n], a[2 * n + 1]);
-    }
-    UNROLL for (int n = 0; n < 2; n++) {
-        a[4 * n] = _mm_unpacklo_epi32(b[4 * n], b[4 * n + 2]);
-        a[4 * n + 1] = _mm_unpackhi_epi32(b[4 * n], b[4 * n + 2]);
-        a[4 * n + 2] = _mm_unpacklo_epi32(b[4 * n + 1], b[4 * n + 3]);
-        a[4 * n + 3] = _mm_unpackhi_epi32(b[4 * n + 1], b[4 * n + 3]);
-    }
-    UNROLL for (int k = 0; k < 4; k++) {
-        _mm_storeu_si128((__m128i *)(out + 2 * k * stride), _mm_unpacklo_epi64(a[k], a[k + 4]));
-        _mm_storeu_si128((__m128i *)(out + (2 * k + 1) * stride),
-                         _mm_unpackhi_epi64(a[k], a[k + 4]));
-    }
-}
-
-static void store_line(uint16_t *out, const uint16_t *line, int64_t count, int stream) {
-    if (!stream || (uintptr_t)out % 16) {
-        memcpy(out, line, (size_t)count * sizeof *out);
-        return;
-    }
-    for (int64_t n = 0; n < count; n += 8)
-        _mm_stream_si128((__m128i *)(out + n), _mm_load_si128((const __m128i *)(line + n)));
-}
-
-static void end_stream(void) { _mm_sfence(); }
-
-static void transpose(const uint16_t *tile, int64_t num_rows, int64_t num_columns, uint16_t *out,
-                      int64_t stride, int stream) {
-    const int64_t rows = num_rows / 8 * 8, columns = num_columns / 8 * 8;
-    uint16_t lines[8 * TILE_ROWS] __attribute__((aligned(64)));
-    for (int64_t k = 0; k < columns; k += 8) {
-        for (int64_t n = 0; n < rows; n += 8)
-            transpose_8x8(tile + n * TILE_COLUMNS + k, lines + n, TILE_ROWS);
-        for (int64_t i = 0; i < 8; i++)
-            store_line(out + (k + i) * stride, lines + i * TILE_ROWS, rows, stream);
-    }
-    transpose_plain(tile + columns, rows, num_columns - columns, out + columns * stride, stride);
-    transpose_plain(tile + rows * TILE_COLUMNS, num_rows - rows, num_columns, out + rows, stride);
-}
-
 #else
 
 EXPORT int moe_dequant_levels(void) { return PLAIN; }
@@ -284,9 +200,6 @@ EXPORT int moe_dequant_levels(void) { return PLAIN; }
 #define fp8_512 fp8_plain
 #define mxfp4_256 mxfp4_plain
 #define mxfp4_512 mxfp4_plain
-#define transpose(tile, rows, columns, out, stride, stream) \
-    transpose_plain(tile, rows, columns, out, stride)
-#define end_stream() ((void)0)
 
 #endif
 

@@ -17,23 +17,25 @@
 #define EXPORT __attribute__((visibility("default")))
 
 /* Raised whenever a signature or a struct below changes; experts_status.py holds the same number. */
-enum { INTERFACE = 3 };
+enum { INTERFACE = 4 };
 
-enum gate { NO_GATE = 0, SILU = 1, GELU_TANH = 2, RELU = 3, RELU_SQUARED = 4 };
 enum stage { UP = 1, GATE = 2, DOWN = 4, SUM = 8 };
 
-/* A matrix whose rows stand in several places or forms; row_products.h has the parts. */
+/* A matrix whose rows stand in several places or forms; matrix_rows.h has the parts. */
 struct moe_matrix {
     const struct moe_part *parts;
     int64_t num_parts;
 };
 
 /* One call. Expert e has the rows first_row[e] .. first_row[e] + num_rows[e] of `token`, `weight`,
- * `up_y`, `h` and `y`. All matrices are row-major; x, weights, h and out have `dtype`. Weights are
- * where `up` and `down` point, or, with `is_in_parts`, described there by a struct moe_matrix. */
+ * `up_y`, `h` and `y`. All matrices are row-major; x, weights, biases, h and out have `dtype`.
+ * Weights are where `up` and `down` point, or, with `is_in_parts`, described there by a struct
+ * moe_matrix. */
 struct moe_experts {
     const void *const *up;   /* [num_experts] of [up_rows, dim]; gate before up, or in turns */
     const void *const *down; /* [num_experts] of [dim, ffn] */
+    const void *const *up_bias;   /* [num_experts] of [up_rows], or 0 */
+    const void *const *down_bias; /* [num_experts] of [dim], or 0 */
     const int64_t *first_row;
     const int64_t *num_rows;
     const int64_t *token; /* [num_all_rows] */
@@ -48,6 +50,7 @@ struct moe_experts {
     int64_t num_experts, num_all_rows, num_tokens, dim, ffn, up_rows;
     int64_t next_up, next_down; /* 0 at the start: pieces that threads have taken */
     int32_t level, dtype, gate, is_interleaved, is_in_parts, stages;
+    float alpha, limit; /* of CLAMPED_SILU */
 };
 
 EXPORT int moe_experts_interface(void) { return INTERFACE; }
@@ -55,7 +58,7 @@ EXPORT int moe_experts_interface(void) { return INTERFACE; }
 /* A test defines MOE_OTHER_PROCESSOR to see what is built elsewhere. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(MOE_OTHER_PROCESSOR)
 
-#include "row_products.h"
+#include "gates.h"
 
 enum {
     PIECE_BYTES = 128 << 10, /* of weights that a thread takes at a time: stays in its L2 */
@@ -76,82 +79,18 @@ EXPORT int moe_experts_supports(int level, int dtype) {
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* ---- Elementwise parts: loops that the compiler turns into vectors ---- */
-
-/* e^v within 2 units of the last place from -87, where v is cut off, to 88, soon after which it is
- * infinite; NaN gives infinity. */
-INLINE float exponential(float v) {
-    v = v < 89.0f ? v : 89.0f;
-    v = v > -87.0f ? v : -87.0f;
-    const float n = (v * 1.44269504f + 12582912.0f) - 12582912.0f; /* rounds to a whole number */
-    const float r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const int32_t bits = ((int32_t)n + 127) << 23; /* 2^n */
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
-}
-
-INLINE float activation(int gate, float g) {
-    switch (gate) {
-        case SILU: return g / (1.0f + exponential(-g));
-        case GELU_TANH: /* (1 + tanh u) / 2 is 1 / (1 + e^-2u) */
-            return g / (1.0f + exponential(-1.59576912f * (g + 0.044715f * g * g * g)));
-        case RELU: return g > 0.0f || g != g ? g : 0.0f;
-        case RELU_SQUARED: return g > 0.0f || g != g ? g * g : 0.0f;
-        default: return g;
-    }
-}
-
-/* y[f] becomes the gated number f; in place, which never overtakes what is still to be read. */
-INLINE void apply_gate_of(int gate, int is_gated, int is_interleaved, float *y, int64_t ffn) {
-    if (!is_gated)
-        for (int64_t f = 0; f < ffn; f++) y[f] = activation(gate, y[f]);
-    else if (is_interleaved)
-        for (int64_t f = 0; f < ffn; f++) y[f] = activation(gate, y[2 * f]) * y[2 * f + 1];
-    else
-        for (int64_t f = 0; f < ffn; f++) y[f] = activation(gate, y[f]) * y[ffn + f];
-}
-
-INLINE void round_bf16(uint16_t *out, const float *y, int64_t num) {
-    for (int64_t i = 0; i < num; i++) {
-        uint32_t bits;
-        memcpy(&bits, y + i, sizeof bits);
-        const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        out[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-    }
-}
-
-TARGET_AVX2 INLINE void round_f16(uint16_t *out, const float *y, int64_t num) {
-    int64_t i = 0;
-    for (; i + 8 <= num; i += 8)
-        _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(y + i), 0));
-    for (; i < num; i++) out[i] = _cvtss_sh(y[i], 0);
-}
-
-TARGET_AVX2 INLINE void round_row(int dtype, void *out, const float *y, int64_t num) {
-    if (dtype == BF16)
-        round_bf16(out, y, num);
-    else if (dtype == F16)
-        round_f16(out, y, num);
-    else
-        memcpy(out, y, (size_t)num * sizeof *y);
-}
+/* ---- Elementwise stages ---- */
 
 TARGET_AVX2 static void gate_row(const struct moe_experts *op, int64_t row) {
     float *y = op->up_y + row * op->up_rows;
     const int is_gated = op->up_rows == 2 * op->ffn, turns = op->is_interleaved;
+    const struct moe_clamp clamp = {op->alpha, op->limit};
     switch (op->gate) { /* each its own loop */
-        case SILU: apply_gate_of(SILU, is_gated, turns, y, op->ffn); break;
-        case GELU_TANH: apply_gate_of(GELU_TANH, is_gated, turns, y, op->ffn); break;
-        case RELU: apply_gate_of(RELU, is_gated, turns, y, op->ffn); break;
-        case RELU_SQUARED: apply_gate_of(RELU_SQUARED, is_gated, turns, y, op->ffn); break;
+        case SILU: apply_gate_of(SILU, is_gated, turns, clamp, y, op->ffn); break;
+        case GELU_TANH: apply_gate_of(GELU_TANH, is_gated, turns, clamp, y, op->ffn); break;
+        case RELU: apply_gate_of(RELU, is_gated, turns, clamp, y, op->ffn); break;
+        case RELU_SQUARED: apply_gate_of(RELU_SQUARED, is_gated, turns, clamp, y, op->ffn); break;
+        case CLAMPED_SILU: apply_gate_of(CLAMPED_SILU, is_gated, turns, clamp, y, op->ffn); break;
         default: break;
     }
     round_row(op->dtype, (char *)op->h + row * op->ffn * size_of(op->dtype), y, op->ffn);
@@ -179,6 +118,7 @@ TARGET_AVX2 static void sum_columns(const struct moe_experts *op, int64_t begin,
 /* One of the two matrices of every expert, and what its rows are multiplied with. */
 struct product {
     const void *const *weights;
+    const void *const *bias;
     const char *x; /* rows of `columns` numbers, by token or by row */
     const int64_t *x_index;
     float *y; /* [num_all_rows, num_rows] */
@@ -198,16 +138,10 @@ static void run_piece(const struct moe_experts *op, const struct product *produc
             tokens.y[j] = product->y + at * product->num_rows + row;
         }
         multiply_rows(op->level, op->dtype, part, product->num_columns, begin, end, &tokens, n);
+        if (!product->bias) continue;
+        const char *const bias = (const char *)product->bias[expert] + row * size_of(op->dtype);
+        for (int j = 0; j < n; j++) add_bias(op->dtype, tokens.y[j], bias, end - begin);
     }
-}
-
-/* Rows of a piece; packed ones begin where the escapes of a group do. */
-static int64_t rows_of_piece(const struct moe_experts *op, const struct moe_part *part,
-                             int64_t num_columns) {
-    const int64_t row_bytes = bytes_of_row(op->dtype, part->form, num_columns);
-    const int64_t step = part->form == PACKED ? moe_group_rows(num_columns) : 1;
-    const int64_t wanted = row_bytes ? PIECE_BYTES / row_bytes : part->num_rows;
-    return wanted > step ? wanted / step * step : step;
 }
 
 /* Takes pieces until none are left: a thread that is held up leaves its share to the others. Each
@@ -221,7 +155,8 @@ static void run_product(const struct moe_experts *op, const struct product *prod
         const struct moe_matrix *matrix = op->is_in_parts ? product->weights[e] : &plain;
         for (int64_t p = 0, row = 0; p < matrix->num_parts; row += matrix->parts[p++].num_rows) {
             const struct moe_part *part = &matrix->parts[p];
-            const int64_t step = rows_of_piece(op, part, product->num_columns);
+            const int64_t step =
+                rows_of_piece(op->dtype, part, product->num_columns, PIECE_BYTES);
             const int64_t num_pieces = (part->num_rows + step - 1) / step;
             while (piece < first + num_pieces) {
                 const int64_t begin = (piece - first) * step;
@@ -240,7 +175,8 @@ static void wait_for_all(const struct moe_experts *op, int num_threads) {
 
 static void run_stages(struct moe_experts *op, int thread, int num_threads) {
     if (op->stages & UP) {
-        const struct product up = {op->up, op->x, op->token, op->up_y, op->up_rows, op->dim};
+        const struct product up = {op->up,   op->up_bias, op->x,  op->token,
+                                   op->up_y, op->up_rows, op->dim};
         run_product(op, &up, &op->next_up);
         wait_for_all(op, num_threads);
     }
@@ -251,7 +187,8 @@ static void run_stages(struct moe_experts *op, int thread, int num_threads) {
         wait_for_all(op, num_threads);
     }
     if (op->stages & DOWN) {
-        const struct product down = {op->down, op->h, 0, op->y, op->dim, op->ffn};
+        const struct product down = {op->down, op->down_bias, op->h,   0,
+                                     op->y,    op->dim,       op->ffn};
         run_product(op, &down, &op->next_down);
         wait_for_all(op, num_threads);
     }

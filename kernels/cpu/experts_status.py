@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moe_runtime.kernels.cpu.library import open_library
 
-_INTERFACE = 3  # the number in experts.c that changes with a signature or a struct
+_INTERFACE = 4  # the number in experts.c that changes with a signature or a struct
 
 # Names of the instructions, best first, as `enum level` numbers them.
 LEVELS = {"avx512_bf16": 3, "avx512f": 2, "avx2": 1}

@@ -4,7 +4,8 @@ import ctypes
 
 import torch
 
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate, Operation, Stage
+from moe_runtime.kernels.cpu.experts import CpuExperts
+from moe_runtime.kernels.cpu.operation import Gate, Operation, Stage
 
 # T tokens, N outputs and K inputs
 

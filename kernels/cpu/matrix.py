@@ -10,20 +10,28 @@ import torch
 
 from moe_runtime.kernels.packed_blocks import HEADER_BYTES, MAGIC, index_entries, row_bytes
 from moe_runtime.kernels.quantise import QuantisedDtype, int4_groups
+from moe_runtime.kernels.scaled_blocks import FP8_BLOCK, MXFP4_GROUP, ScaledFormat
 
 # N rows and K columns of the matrix, n rows of a part
 
 
 class Form(IntEnum):
-    """How rows stand in memory, as `enum form` of row_products.h numbers them."""
+    """How rows stand in memory, as `enum form` of matrix_rows.h numbers them."""
 
     PLAIN = 0
     PACKED = 1
     INT8 = 2
     INT4 = 3
+    FP8 = 4
+    MXFP4 = 5
 
 
-FORMS: Mapping[QuantisedDtype, Form] = {"int8": Form.INT8, "int4": Form.INT4}
+FORMS: Mapping[QuantisedDtype | ScaledFormat, Form] = {
+    "int8": Form.INT8,
+    "int4": Form.INT4,
+    "fp8": Form.FP8,
+    "mxfp4": Form.MXFP4,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +44,8 @@ class Part:
     | PACKED | uint8, a block that was checked | none | what unpacking gives |
     | INT8 | int8 `[n, K]` | float32 `[n]` | value * scale |
     | INT4 | uint8 `[n, K / 2]` | bfloat16 `[n, ceil(K / 32)]` | (code - 8) * scale |
+    | FP8 | float8_e4m3fn `[n, K]` | float32 `[ceil(n / 128), ceil(K / 128)]` | value * scale |
+    | MXFP4 | uint8 `[n, K / 2]` | uint8 `[n, K / 32]` | what dequantising gives |
     """
 
     form: Form
@@ -88,6 +98,10 @@ class Matrix:
         self.address = ctypes.addressof(self._matrix)
 
 
+# As it is, or with rows that are packed or quantised.
+Weight = torch.Tensor | Matrix
+
+
 def _check(part: Part, K: int) -> None:
     n = part.num_rows
     if part.form is Form.PACKED:
@@ -109,6 +123,13 @@ def _check(part: Part, K: int) -> None:
         values, scales = (torch.uint8, K // 2), (torch.bfloat16, (n, int4_groups(K)))
     elif part.form is Form.INT8:
         values, scales = (torch.int8, K), (torch.float32, (n,))
+    elif part.form is Form.FP8:
+        squares = (-(-n // FP8_BLOCK), -(-K // FP8_BLOCK))
+        values, scales = (torch.float8_e4m3fn, K), (torch.float32, squares)
+    elif part.form is Form.MXFP4:
+        if K % MXFP4_GROUP:
+            raise ValueError(f"mxfp4 rows have groups of {MXFP4_GROUP} weights, got {K}")
+        values, scales = (torch.uint8, K // 2), (torch.uint8, (n, K // MXFP4_GROUP))
     else:
         values = (torch.bfloat16, K)
     _check_tensor("rows", part.rows, values[0], (n, values[1]))

@@ -94,7 +94,7 @@ def kernels(
         return
     with terminal.progress(f"steps of {like}") as meter:
         shares = measure_steps(preset, rounds=rounds, on_round=meter.update)
-    with terminal.progress(f"packed, int8 and int4 experts of {like}") as meter:
+    with terminal.progress(f"packed and quantised experts of {like}") as meter:
         forms = measure_forms(preset, rounds=rounds, on_round=meter.update)
     resident = None
     if not steps_only:
@@ -143,17 +143,17 @@ def _steps_table(shares: "list[StepShare]") -> Table:
 
 
 def _forms_table(forms: "list[FormSpeed]") -> Table:
-    title = f"one token through {forms[0].num_experts} experts of {forms[0].shape}"
-    table = Table(title=title, title_justify="left")
-    for name in ("form", "share of bytes", "microseconds", "of bfloat16", "times as fast"):
+    table = Table(title=f"fewer bytes, shapes of {forms[0].shape}", title_justify="left")
+    for name in ("form", "of bytes", "tokens", "us", "times as fast", "share of reads"):
         table.add_column(name, justify="left" if name == "form" else "right")
     for one in forms:
         table.add_row(
             one.form,
             f"{one.share_of_bytes:.3f}",
+            f"{one.tokens}",
             f"{one.microseconds.median:.0f}",
-            f"{one.bfloat16_microseconds.median:.0f}",
             one.speedup.text(2),
+            one.share.text(3),
         )
     return table
 

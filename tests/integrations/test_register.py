@@ -23,8 +23,9 @@ from moe_runtime.integrations.transformers.register import (
     register,
 )
 from moe_runtime.kernels.cpu import experts as face
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate
+from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.kernels.cpu.library import NOT_BUILT
+from moe_runtime.kernels.cpu.operation import Gate
 from moe_runtime.kernels.gate import Gate as GroupedGate
 from moe_runtime.layer import Accumulator
 from tests.tiered_world import needs_interpreter

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from moe_runtime.kernels.cpu import experts as face
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate
+from moe_runtime.kernels.cpu.experts import CpuExperts
+from moe_runtime.kernels.cpu.experts_layer import ExpertsStep
 from moe_runtime.kernels.cpu.experts_status import (
     LEVELS,
     NO_INSTRUCTIONS,
@@ -26,6 +27,7 @@ from moe_runtime.kernels.cpu.experts_status import (
 )
 from moe_runtime.kernels.cpu.library import NOT_BUILT, OTHER_BUILD
 from moe_runtime.kernels.cpu.linear import CpuLinear
+from moe_runtime.kernels.cpu.operation import Gate, KernelGate, TorchGate
 from moe_runtime.kernels.reference import cpu_experts_reference
 
 SOURCE = Path(face.__file__).with_name("experts.c")
@@ -105,7 +107,7 @@ class Layer:
     def run(
         self,
         kernel: CpuExperts,
-        gate: Gate | face.TorchGate = Gate.SILU,
+        gate: KernelGate | TorchGate = Gate.SILU,
         *,
         groups: list[list[int]] | None = None,
         is_interleaved: bool = False,
@@ -125,8 +127,8 @@ class Layer:
         return out
 
     def begin(
-        self, kernel: CpuExperts, gate: Gate | face.TorchGate, *, is_interleaved: bool = False
-    ) -> face.ExpertsStep:
+        self, kernel: CpuExperts, gate: KernelGate | TorchGate, *, is_interleaved: bool = False
+    ) -> ExpertsStep:
         return kernel.layer(
             dim=self.x.shape[1],
             ffn=self.ffn,

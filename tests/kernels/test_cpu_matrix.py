@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate, TorchGate, Weight
+from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.kernels.cpu.experts_status import LEVELS
-from moe_runtime.kernels.cpu.matrix import Form, Matrix, Part
+from moe_runtime.kernels.cpu.matrix import Form, Matrix, Part, Weight
+from moe_runtime.kernels.cpu.operation import Gate, TorchGate
 from moe_runtime.kernels.cpu.unpack import load_codec
 from moe_runtime.kernels.packed_blocks import PADDING_BYTES
 from moe_runtime.kernels.quantise import dequantise, quantise

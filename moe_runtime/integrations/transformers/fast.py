@@ -9,7 +9,8 @@ from torch.nn import functional
 
 from moe_runtime.fast_layer import FastMath
 from moe_runtime.integrations.transformers.proof import expert_math, small_copy
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate, TorchGate
+from moe_runtime.kernels.cpu.experts import CpuExperts
+from moe_runtime.kernels.cpu.operation import Gate, TorchGate
 from moe_runtime.layer import ExpertMath
 
 # Far enough apart for any clamp of a gate to show.

@@ -10,7 +10,8 @@ import torch
 
 from moe_runtime.errors import ProbeError
 from moe_runtime.expert_memory import format_bytes
-from moe_runtime.kernels.cpu.experts import CpuExperts, Gate
+from moe_runtime.kernels.cpu.experts import CpuExperts
+from moe_runtime.kernels.cpu.operation import Gate
 from moe_runtime.measure.bench.presets import Preset
 from moe_runtime.measure.probe.memory_rate import sound_noise
 from moe_runtime.measure.spread import Spread
@@ -55,8 +56,7 @@ def measure_steps(
     """
     kernel, (dim, ffn) = measured_kernel(), preset.expert_sizes()
     pool = _Pool(dim, ffn)
-    kinds = [_kind(preset, tokens) for tokens in _TOKENS]
-    kinds.append((_MANY_ROWS, 1, _MANY_ROWS))
+    kinds = [*few_rows(preset), (_MANY_ROWS, 1, _MANY_ROWS)]
     ratios: list[list[float]] = [[] for _ in kinds]
     rates: list[list[float]] = [[] for _ in kinds]
     reads: list[list[float]] = [[] for _ in kinds]
@@ -84,10 +84,14 @@ def measure_steps(
     ]
 
 
-def _kind(preset: Preset, tokens: int) -> tuple[int, int, int]:
-    """(tokens, experts, rows of each): as few experts as `_ROWS_EACH` rows allow."""
-    rows_each = min(tokens, _ROWS_EACH)
-    return tokens, max(1, min(preset.num_experts, tokens * preset.top_k // rows_each)), rows_each
+def few_rows(preset: Preset) -> list[tuple[int, int, int]]:
+    """(tokens, experts, rows of each) of 1 to 8 tokens: few experts, but at most two rows each."""
+    kinds = []
+    for tokens in _TOKENS:
+        rows_each = min(tokens, _ROWS_EACH)
+        num_experts = max(1, min(preset.num_experts, tokens * preset.top_k // rows_each))
+        kinds.append((tokens, num_experts, rows_each))
+    return kinds
 
 
 class _Pool:

@@ -8,7 +8,7 @@ import torch
 
 from moe_runtime.errors import ProbeError
 from moe_runtime.kernels.cpu.experts import CpuExperts
-from moe_runtime.measure.bench import expert_forms, expert_steps
+from moe_runtime.measure.bench import expert_steps, form_pool
 from moe_runtime.measure.bench.expert_forms import measure_forms
 from moe_runtime.measure.bench.expert_steps import measure_steps
 from moe_runtime.measure.bench.resident_decode import measure_resident, random_model
@@ -17,13 +17,16 @@ from tests.small_preset import small_preset
 
 Capsys = pytest.CaptureFixture[str]
 
+FORMS = (
+    "packed", "int8", "int4", "fp8", "mxfp4", "fp8, dequantised first", "mxfp4, dequantised first",
+)  # fmt: skip
 pytestmark = pytest.mark.skipif(CpuExperts.load(torch.bfloat16) is None, reason=CpuExperts.status())
 
 
 @pytest.fixture(autouse=True)
 def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_steps, "_POOL_BYTES", 2**20)
-    monkeypatch.setattr(expert_forms, "_POOL_BYTES", 2**20)
+    monkeypatch.setattr(form_pool, "_POOL_BYTES", 2**20)
 
 
 def test_steps_are_paired_with_reads_of_as_many_bytes() -> None:
@@ -42,14 +45,19 @@ def test_steps_are_paired_with_reads_of_as_many_bytes() -> None:
 
 
 def test_forms_take_turns_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law: packed, int8 and int4 experts of the same weights, with the share of bytes they have."""
+    """Law: experts of the same weights in every form, with the share of bytes that they have."""
     preset = small_preset("olmoe-1b-7b")
     forms = measure_forms(preset, rounds=2, on_round=lambda *_: None)
-    assert [form.form for form in forms] == ["packed", "int8", "int4"]
-    for one, share in zip(forms, (0.76, 0.52, 0.30), strict=True):
+    expected = dict(zip(FORMS, (0.76, 0.52, 0.30, 0.51, 0.28, 0.51, 0.28), strict=True))
+    assert [(one.form, one.tokens) for one in forms] == [
+        (form, tokens) for form in FORMS for tokens in (1, 2, 4, 8)
+    ]
+    for one in forms:
+        share = expected[one.form]
         assert share - 0.05 < one.share_of_bytes < share + 0.03
         assert one.speedup.median > 0
-    monkeypatch.setattr(expert_forms, "available_memory_bytes", lambda: 2**20)
+        assert one.share.median > 0
+    monkeypatch.setattr(form_pool, "available_memory_bytes", lambda: 2**20)
     with pytest.raises(ProbeError, match=r"bfloat16 experts of .* choose smaller shapes"):
         measure_forms(preset, rounds=2, on_round=lambda *_: None)
 
@@ -92,7 +100,7 @@ def test_the_command_prints_one_object(capsys: Capsys, monkeypatch: pytest.Monke
     found = json.loads(outcome.out)
     assert found["gpu"] is None
     assert len(found["steps"]) == 5
-    assert [form["form"] for form in found["forms"]] == ["packed", "int8", "int4"]
+    assert [form["form"] for form in found["forms"]] == [form for form in FORMS for _ in range(4)]
     assert found["resident"]["shape"] == "tiny"
     table = run_here(capsys, *words, "--steps-only")
     assert "share of reads" in table.out
