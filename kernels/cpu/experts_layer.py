@@ -1,6 +1,7 @@
 """One layer's shapes, and its rows under way through the experts' library."""
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,10 @@ from moe_runtime.kernels.cpu.operation import KernelGate, Operation, Stage, Torc
 
 # Of up and down, for each expert.
 Biases = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+# Plain numbers: joining flags takes microseconds, at each step of each layer.
+_ALL_STAGES = int(Stage.UP | Stage.GATE | Stage.DOWN)
+_SUM = int(Stage.SUM)
 
 
 class CpuLayer:
@@ -104,31 +109,35 @@ class ExpertsStep:
         assert len(biases) in (0, len(rows))
         layer = self._layer
         num_experts = len(rows)
-        pointers, counts = ctypes.c_void_p * num_experts, ctypes.c_int64 * num_experts
-        up_pointers = pointers(*_addresses("up", up, layer.dtype, layer.up_shape))
-        down_pointers = pointers(*_addresses("down", down, layer.dtype, layer.down_shape))
-        up_bias = pointers(*[b.data_ptr() for b, _ in biases])
-        down_bias = pointers(*[b.data_ptr() for _, b in biases])
-        for of_up, of_down in biases:
-            _check("up_bias", of_up, layer.dtype, layer.up_shape[:1])
-            _check("down_bias", of_down, layer.dtype, layer.down_shape[:1])
-        first_rows = counts(*[begin for begin, _ in rows])
-        num_rows = counts(*[end - begin for begin, end in rows])
+        columns = [
+            _addresses("up", up, layer.dtype, layer.up_shape),
+            _addresses("down", down, layer.dtype, layer.down_shape),
+            [begin for begin, _ in rows],
+            [end - begin for begin, end in rows],
+        ]
+        if biases:
+            columns.append(_vectors("up_bias", [b for b, _ in biases], layer.dtype, layer.up_shape))
+            columns.append(
+                _vectors("down_bias", [b for _, b in biases], layer.dtype, layer.down_shape)
+            )
+        # One array for all, as each costs a microsecond.
+        table = (ctypes.c_int64 * (len(columns) * num_experts))(*itertools.chain(*columns))
+        begin, step = ctypes.addressof(table), 8 * num_experts
         operation = self._operation
-        operation.up = ctypes.addressof(up_pointers)
-        operation.down = ctypes.addressof(down_pointers)
-        operation.up_bias = ctypes.addressof(up_bias) if biases else None
-        operation.down_bias = ctypes.addressof(down_bias) if biases else None
-        operation.first_row = ctypes.addressof(first_rows)
-        operation.num_rows = ctypes.addressof(num_rows)
+        operation.up = begin
+        operation.down = begin + step
+        operation.first_row = begin + 2 * step
+        operation.num_rows = begin + 3 * step
+        operation.up_bias = begin + 4 * step if biases else None
+        operation.down_bias = begin + 5 * step if biases else None
         operation.num_experts = num_experts
         operation.is_in_parts = isinstance(up[0], Matrix) if up else False
         assert all(isinstance(w, Matrix) == bool(operation.is_in_parts) for w in (*up, *down))
-        stages = Stage.UP | Stage.GATE | Stage.DOWN
+        stages = _ALL_STAGES
         if layer.torch_gate is not None:
-            self._call(Stage.UP)
+            self._call(int(Stage.UP))
             self._gate_in_torch(layer.torch_gate, rows)
-            stages = Stage.DOWN
+            stages = int(Stage.DOWN)
         if is_last:
             return self._call_sum(stages)
         self._call(stages)
@@ -141,7 +150,7 @@ class ExpertsStep:
     def sum(self) -> torch.Tensor:
         """`out[t]`: the weighted rows of token t, added up in the order of rows; `[T, D]`."""
         self._operation.num_experts = 0
-        return self._call_sum(Stage(0))
+        return self._call_sum(0)
 
     def _gate_in_torch(self, gate: TorchGate, rows: Sequence[tuple[int, int]]) -> None:
         num_up, ffn = self._layer.up_shape[0], self._layer.down_shape[1]
@@ -157,13 +166,13 @@ class ExpertsStep:
         begin = sum(self._sizes[:number])
         return self._scratch[begin : begin + self._sizes[number]]
 
-    def _call_sum(self, stages: Stage) -> torch.Tensor:
+    def _call_sum(self, stages: int) -> torch.Tensor:
         out_TD = torch.empty_like(self._inputs[0])
         self._operation.out = out_TD.data_ptr()
-        self._call(stages | Stage.SUM)
+        self._call(stages | _SUM)
         return out_TD
 
-    def _call(self, stages: Stage) -> None:
+    def _call(self, stages: int) -> None:
         operation = self._operation
         operation.stages, operation.next_up, operation.next_down = stages, 0, 0
         self._layer.call(operation)
@@ -180,6 +189,15 @@ def _addresses(
                 f"{name} must be a bfloat16 matrix {list(shape)}, got {list(w.shape)} for {dtype}"
             )
     return [w.address if isinstance(w, Matrix) else w.data_ptr() for w in weights]
+
+
+def _vectors(
+    name: str, vectors: Sequence[torch.Tensor], dtype: torch.dtype, shape: tuple[int, int]
+) -> list[int]:
+    """Addresses of one number for each row of a matrix of `shape`."""
+    for vector in vectors:
+        _check(name, vector, dtype, shape[:1])
+    return [vector.data_ptr() for vector in vectors]
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
