@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from moe_runtime.kernels.cpu.experts_layer import Biases
 from moe_runtime.kernels.cpu.matrix import Weight
 from moe_runtime.layer import MAX_HELD_BYTES, Dispatch, ExpertAccess, ExpertMath, run_experts
 from moe_runtime.memory.compact_slots import CompactWeights
@@ -25,6 +26,7 @@ class KernelStep(Protocol):
         down: Sequence[Weight],
         rows: Sequence[tuple[int, int]],
         *,
+        biases: Biases = (),
         is_last: bool,
     ) -> torch.Tensor | None:
         """Compute experts; with `is_last` all other rows are there, and the sum is returned."""
@@ -91,21 +93,29 @@ class FastMath:
         few: list[tuple[int, int]] = []
         up: list[Weight] = []
         down: list[Weight] = []
+        biases: list[tuple[torch.Tensor, torch.Tensor]] = []
+        math = self.torch_math
         for i in group:
             weights = access.weights(dispatch.experts[i])
-            if dispatch.num_rows(i) > MAX_KERNEL_ROWS:
+            is_compact = isinstance(weights, CompactWeights)
+            if dispatch.num_rows(i) > MAX_KERNEL_ROWS or (math.is_transposed and not is_compact):
                 x_nD = hidden_TD[dispatch.token_R[dispatch.rows(i)]]
-                step.put(dispatch.bounds[i], self.torch_math(x_nD, weights))
+                step.put(dispatch.bounds[i], math(x_nD, weights))
                 continue
             few.append((dispatch.bounds[i], dispatch.bounds[i + 1]))
             matrices: Mapping[str, Weight] = weights
             if isinstance(weights, CompactWeights):
                 matrices = weights.matrices
-            up.append(matrices[self.torch_math.up_name])
+            up.append(matrices[math.up_name])
             down.append(matrices["down_proj"])
+            if math.has_bias:
+                of_up, of_down = matrices[f"{math.up_name}_bias"], matrices["down_proj_bias"]
+                assert isinstance(of_up, torch.Tensor)
+                assert isinstance(of_down, torch.Tensor)
+                biases.append((of_up, of_down))
         output = None
         if few:
-            output = step.run(up, down, few, is_last=is_last)
+            output = step.run(up, down, few, biases=biases, is_last=is_last)
         elif is_last:
             output = step.sum()
         for i in group:

@@ -29,7 +29,10 @@ def put_tiers_below(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
             available_host_bytes=PLENTY_BYTES,
         )
 
+    def choose(*sites, exact, layers=()):  # type: ignore[no-untyped-def]
+        return choose_tiered_maths(*sites, exact=exact)
+
     monkeypatch.setattr(install, "build_engine", build)
     for module in (load, offload):
-        monkeypatch.setattr(module, "choose_maths", choose_tiered_maths)
+        monkeypatch.setattr(module, "choose_maths", choose)
     return machine

@@ -78,7 +78,7 @@ def inspect_model(
     text_config = resolved.config.get_text_config()
     tensor_map = found.tensor_map
     kinds = _slot_kinds(found)
-    # Room for one dequantised expert beside quantised ones; what is packed is counted unpacked.
+    # Room for one dequantised expert, where none computes from them; packed ones count unpacked.
     room_bytes = kinds[0].room_bytes if tensor_map.is_scaled else 0
     # Not those of `checkpoint`, where scales are part of the weights.
     files = Checkpoint.open(resolved.folder).files()
@@ -111,10 +111,13 @@ def inspect_model(
 
 def _slot_kinds(found: Survey) -> list[SlotKind]:
     """What slots may hold under 'auto'."""
-    if not found.tensor_map.is_packed:
-        return slot_kinds(found.tensor_map, computes_compact=False)
-    maths = choose_maths(found.sites, found.dtypes, torch.device("cpu"), exact=False)
-    return slot_kinds(found.tensor_map, computes_compact=computes_compact(maths))
+    tensor_map = found.tensor_map
+    if not (tensor_map.is_packed or tensor_map.is_scaled):
+        return slot_kinds(tensor_map, computes_compact=False)
+    maths = choose_maths(
+        found.sites, found.dtypes, torch.device("cpu"), exact=False, layers=tensor_map.layers
+    )
+    return slot_kinds(tensor_map, computes_compact=computes_compact(maths, tensor_map.layers))
 
 
 def _packed_bytes(checkpoint: Checkpoint) -> int | None:

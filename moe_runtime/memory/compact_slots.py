@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from moe_runtime.kernels.cpu.matrix import Matrix
+from moe_runtime.kernels.cpu.matrix import Weight
 from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.slots import HostSlots
@@ -13,23 +13,25 @@ from moe_runtime.memory.slots import HostSlots
 class CompactSlots:
     """`num_slots` compact blobs. With `room_bytes`, also room for one expert as it was.
 
-    Where a kernel computes from the blobs, there is no room: what is expanded then, an expert with
-    many rows of a prompt, lives in memory of its own while it is used. Elsewhere each use expands
-    into the room; one is enough, and better than several: what is expanded is used at once, out
-    of the caches.
+    Each use expands into the room then; one is enough, and better than several: what is expanded is
+    used at once, out of the caches. Where a kernel computes from the blobs, room is only made when
+    it is needed: for an expert with many rows of a prompt.
     """
 
     def __init__(self, num_slots: int, slot_bytes: int, room_bytes: int) -> None:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self.max_views = 1 if room_bytes else num_slots
+        self._computes_in_place = not room_bytes
         self._compact = HostSlots(num_slots, slot_bytes)
         self._room = HostSlots(1, room_bytes) if room_bytes else None
-        self._in_place: dict[int, tuple[ExpertLayout, dict[str, Matrix]]] = {}
+        self._in_place: dict[int, tuple[ExpertLayout, Mapping[str, Weight]]] = {}
         self._expanders: dict[int, tuple[ExpertLayout, Callable[[], None]]] = {}
         self._expanded: tuple[int, ExpertLayout] | None = None  # what the room holds
+        self._checked: set[int] = set()  # slots whose content is known to be sound
 
     def blob(self, slot: int) -> Blob:
+        self._checked.discard(slot)
         if self._expanded is not None and self._expanded[0] == slot:
             self._expanded = None  # it is about to be overwritten
         return self._compact.blob(slot)
@@ -39,13 +41,25 @@ class CompactSlots:
 
     def views(self, slot: int, layout: ExpertLayout) -> Mapping[str, torch.Tensor]:
         assert layout.compact is not None, "a plain expert in a compact slot"
-        if self._room is None:
-            return CompactWeights(layout, self._matrices(slot, layout), self._tensor(slot))
+        if slot not in self._checked:
+            layout.compact.check(self._tensor(slot))
+            self._checked.add(slot)
+        if self._computes_in_place:
+            return CompactWeights(self, slot, layout, self._matrices(slot, layout))
+        return self.expanded(slot, layout)
+
+    def expanded(self, slot: int, layout: ExpertLayout) -> Mapping[str, torch.Tensor]:
+        """Ordinary weights, until another slot's are asked for."""
+        room = self._room
+        if room is None or room.slot_bytes < layout.num_bytes:
+            self._expanders.clear()
+            self._expanded = None
+            room = self._room = HostSlots(1, layout.num_bytes)
         if self._expanded is None or self._expanded[0] != slot or self._expanded[1] is not layout:
             self._expanded = None
-            self._expand(slot, layout, self._room)
+            self._expand(slot, layout, room)
             self._expanded = (slot, layout)
-        return self._room.views(0, layout)
+        return room.views(0, layout)
 
     def poison(self, slot: int) -> None:
         self.blob(slot).fill(0xFF)
@@ -60,7 +74,7 @@ class CompactSlots:
     def _tensor(self, slot: int) -> torch.Tensor:
         return torch.from_numpy(self._compact.blob(slot))
 
-    def _matrices(self, slot: int, layout: ExpertLayout) -> dict[str, Matrix]:
+    def _matrices(self, slot: int, layout: ExpertLayout) -> Mapping[str, Weight]:
         known = self._in_place.get(slot)
         if known is None or known[0] is not layout:
             assert layout.compact is not None
@@ -81,25 +95,23 @@ class CompactSlots:
 class CompactWeights(Mapping[str, torch.Tensor]):
     """An expert in its slot: `matrices` for the kernel, and ordinary weights for whoever asks.
 
-    The latter are expanded once for as long as this object is held.
+    The latter are those of `CompactSlots.expanded`.
     """
 
     def __init__(
-        self, layout: ExpertLayout, matrices: Mapping[str, Matrix], blob: torch.Tensor
+        self,
+        slots: CompactSlots,
+        slot: int,
+        layout: ExpertLayout,
+        matrices: Mapping[str, Weight],
     ) -> None:
         self.matrices = matrices
+        self._slots = slots
+        self._slot = slot
         self._layout = layout
-        self._blob = blob
-        self._plain: dict[str, torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        if self._plain is None:
-            layout = self._layout
-            assert layout.compact is not None
-            plain = torch.empty(layout.num_bytes, dtype=torch.uint8)
-            layout.compact.expander(layout.parameters, self._blob, plain)()
-            self._plain = layout.views(plain)
-        return self._plain[name]
+        return self._slots.expanded(self._slot, self._layout)[name]
 
     def __iter__(self) -> Iterator[str]:
         return (spec.name for spec in self._layout.parameters)

@@ -1,13 +1,13 @@
 """How one expert's parameters stand in one contiguous blob."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from moe_runtime.kernels.cpu.matrix import Matrix
+from moe_runtime.kernels.cpu.matrix import Weight
 
 # A cache line. CPU matrix kernels may sum in another order on weights that stand elsewhere in one,
 # so a weight's phase, its address modulo this, is part of what the unmodified model computes.
@@ -46,10 +46,13 @@ class CompactBlob(Protocol):
     def stored(self) -> "ExpertLayout | None":
         """What is read into the blob as views of it; None where reads say by themselves."""
 
+    def check(self, blob: torch.Tensor) -> None:
+        """Raise CheckpointError where what was read into `blob` (uint8) cannot be computed with."""
+
     def matrices(
         self, parameters: Sequence[ParameterSpec], blob: torch.Tensor
-    ) -> dict[str, Matrix]:
-        """The weight matrices in `blob` (uint8), by name, as a kernel reads them there."""
+    ) -> Mapping[str, Weight]:
+        """The weights in `blob`, by name, as a kernel reads them there; biases as they are."""
 
     def expander(
         self, parameters: Sequence[ParameterSpec], blob: torch.Tensor, plain: torch.Tensor

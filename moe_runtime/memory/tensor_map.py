@@ -14,7 +14,7 @@ from moe_runtime.kernels.quantise import QuantisedDtype
 from moe_runtime.memory.assembly import Assembly, Box, row_major
 from moe_runtime.memory.layout import BLOCK_BYTES, STORED_DTYPES, ExpertLayout, ParameterSpec
 from moe_runtime.memory.packing import ITEM_BYTES, PackedBlock, PackedTensor
-from moe_runtime.memory.scaled_blob import ScaledPart
+from moe_runtime.memory.scaled_blob import ScaledBlob, ScaledPart
 
 # From which on the room for phases does not count, and a copy does.
 LARGE_BYTES = 2**20
@@ -126,6 +126,13 @@ class LayerExperts:
     def computed(self) -> ExpertLayout:
         """The parameters with which an expert computes."""
         return self.layout if self.scaled is None else self.scaled.computed
+
+    def has_rows(self, *, is_transposed: bool) -> bool:
+        """Whether a slot has rows of outputs, as kernels read them; `is_transposed` is computed."""
+        if self.scaled is None:
+            return not is_transposed
+        blob = ScaledBlob(self.layout, self.scaled.parts)
+        return blob.has_rows(self.scaled.computed.parameters, is_transposed=is_transposed)
 
 
 class TensorMap:

@@ -108,6 +108,28 @@ def test_every_arrangement(checkpoint: Checkpoint, expert: int) -> None:
         assert torch.equal(found["plain"], checkpoint.plain[expert]), name
 
 
+def test_what_a_kernel_can_read_in_place(checkpoint: Checkpoint) -> None:
+    """Law: whole rows of outputs with scales in float32, whichever way round the model has them."""
+    joined = concatenate([checkpoint.all(0), checkpoint.all(0)], 1)
+    beside = concatenate([checkpoint.all(0), checkpoint.all(0)], 2)
+    cases = {
+        "one by one": (checkpoint.all(0), True, False),
+        "joined": (joined, True, False),
+        "transposed": (checkpoint.all(0).transpose(1, 2), False, True),
+        "joined, transposed": (joined.transpose(1, 2), False, True),
+        "columns beside columns": (beside, False, False),
+        "bfloat16 scales": (checkpoint.all(1), False, False),
+    }
+    for name, (weight, plainly, transposed) in cases.items():
+        layer = scaled_layer(E, [("weight", weight.shape[1:], BF16)], {"weight": weight}, {})
+        assert layer.has_rows(is_transposed=False) is plainly, name
+        assert layer.has_rows(is_transposed=True) is transposed, name
+    in_float32 = scaled_layer(
+        E, [("weight", joined.shape[1:], torch.float32)], {"weight": joined}, {}
+    )
+    assert not in_float32.has_rows(is_transposed=False)
+
+
 def test_a_slot_holds_stored_bytes(checkpoint: Checkpoint) -> None:
     layer = layer_of(checkpoint, checkpoint.all(0))
     assert layer.layout.weight_bytes == N * K + 4 * 4 + 24 * 8 * 2

@@ -116,7 +116,8 @@ def slot_kinds(
         )
     if scaled is not None and wanted != "packed" and expert_dtype == "auto":
         name = "+".join(tensor_map.formats())
-        return [SlotKind(name, scaled.slot_bytes, scaled, scaled.computed_bytes)]
+        room_bytes = 0 if computes_compact else scaled.computed_bytes
+        return [SlotKind(name, scaled.slot_bytes, scaled, room_bytes)]
     room_bytes = 0 if computes_compact else tensor_map.slot_bytes
     if expert_dtype != "auto":
         if wanted != "auto":

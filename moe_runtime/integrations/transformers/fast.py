@@ -1,5 +1,6 @@
 """Finds out whether a kernel computes what an experts module computes."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -10,13 +11,14 @@ from torch.nn import functional
 from moe_runtime.fast_layer import FastMath
 from moe_runtime.integrations.transformers.proof import expert_math, small_copy
 from moe_runtime.kernels.cpu.experts import CpuExperts
-from moe_runtime.kernels.cpu.operation import Gate, TorchGate
+from moe_runtime.kernels.cpu.operation import ClampedGate, Gate, KernelGate, TorchGate
 from moe_runtime.layer import ExpertMath
 
 # Far enough apart for any clamp of a gate to show.
 _TRIAL_SIZES = (1.0, 10.0, 100.0)
 _NUM_TRIALS = 16
 _SAME = 1e-5  # relative: two ways to compute e^x in float32 are closer, two functions are not
+_GateOfTwo = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _ACTIVATIONS: dict[Gate, TorchGate] = {
     Gate.SILU: functional.silu,
     Gate.GELU_TANH: partial(functional.gelu, approximate="tanh"),
@@ -26,53 +28,77 @@ _ACTIVATIONS: dict[Gate, TorchGate] = {
 
 
 def fast_math(
-    module: nn.Module, math: ExpertMath, dtype: torch.dtype, device: torch.device
+    module: nn.Module,
+    math: ExpertMath,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_rows: bool = False,
 ) -> FastMath | ExpertMath:
     """A kernel for what `math` computes, or `math` with the reason why torch has to.
 
-    `module` is a fused experts module that still has its (perhaps meta) parameters.
+    `module` is a fused experts module that still has its (perhaps meta) parameters. `has_rows`:
+    slots hold rows of outputs, also of weights that compute transposed, and biases beside them.
     """
     kernel = CpuExperts.load(dtype) if device.type == "cpu" else None
     if kernel is None:
         status = CpuExperts.status(dtype) if device.type == "cpu" else f"torch on {device.type}"
         return replace(math, reason=status.removeprefix("torch").strip(" ()"))
     reasons = {
-        "transposed weights": math.is_transposed,
-        "biases": math.has_bias,
+        "transposed weights": math.is_transposed and not has_rows,
+        "biases": math.has_bias and not has_rows,
         "a norm behind each expert": math.post_norm is not None,
     }
     if any(reasons.values()):
         return replace(math, reason=" and ".join(name for name, holds in reasons.items() if holds))
-    num_up, dim = module.get_parameter(math.up_name).shape[1:]
+    up, down = (module.get_parameter(name).shape[1:] for name in (math.up_name, "down_proj"))
+    if math.is_transposed:
+        up, down = up[::-1], down[::-1]
     gate, is_interleaved = find_gate(module, math)
     layer = kernel.layer(
-        dim=dim,
-        ffn=module.get_parameter("down_proj").shape[2],
-        num_up=num_up,
+        dim=up[1],
+        ffn=down[1],
+        num_up=up[0],
         gate=gate,
         is_interleaved=is_interleaved,
     )
-    path = kernel.level if isinstance(gate, Gate) else f"{kernel.level}, gate in torch"
+    path = kernel.level if isinstance(gate, KernelGate) else f"{kernel.level}, gate in torch"
     return FastMath(layer.begin, math, path)
 
 
-def find_gate(module: nn.Module, math: ExpertMath) -> tuple[Gate | TorchGate, bool]:
+def find_gate(module: nn.Module, math: ExpertMath) -> tuple[KernelGate | TorchGate, bool]:
     """The kernel's gate that equals `math.apply_gate`, and whether gate and up take turns.
 
     Found by trying, in float32; the module's own function where none does.
     """
     trials, expected = gate_trials(module, math)
-    for gate, activation in _ACTIVATIONS.items():
-        if trials.shape == expected.shape:
+    if trials.shape == expected.shape:
+        for plain, activation in _ACTIVATIONS.items():
             if is_same(activation(trials), expected):
-                return gate, False
-            continue
-        first, second = trials.chunk(2, dim=-1)
-        if is_same(activation(first) * second, expected):
-            return gate, False
-        if is_same(activation(trials[:, ::2]) * trials[:, 1::2], expected):
-            return gate, True
+                return plain, False
+        return math.apply_gate, False
+    gates: list[tuple[KernelGate, _GateOfTwo]] = [
+        (gate, partial(_product, activation)) for gate, activation in _ACTIVATIONS.items()
+    ]
+    if hasattr(module, "alpha") and hasattr(module, "limit"):
+        alpha, limit = float(module.alpha), float(module.limit)  # type: ignore[arg-type]
+        gates.append((ClampedGate(alpha=alpha, limit=limit), partial(clamped_gate, alpha, limit)))
+    halves = {False: trials.chunk(2, dim=-1), True: (trials[:, ::2], trials[:, 1::2])}
+    for gate, function in gates:
+        for is_interleaved, (first, second) in halves.items():
+            if is_same(function(first, second), expected):
+                return gate, is_interleaved
     return math.apply_gate, False
+
+
+def _product(activation: TorchGate, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    return activation(g) * u
+
+
+def clamped_gate(alpha: float, limit: float, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """gpt-oss's gate of two halves."""
+    g, u = g.clamp(max=limit), u.clamp(-limit, limit)
+    return g * torch.sigmoid(alpha * g) * (u + 1)
 
 
 def gate_trials(module: nn.Module, math: ExpertMath) -> tuple[torch.Tensor, torch.Tensor]:

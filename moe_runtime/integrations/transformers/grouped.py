@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from moe_runtime.grouped_experts import GroupedExperts
-from moe_runtime.integrations.transformers.fast import gate_trials, is_same
+from moe_runtime.integrations.transformers.fast import clamped_gate, gate_trials, is_same
 from moe_runtime.kernels.gate import Gate
 from moe_runtime.kernels.launch import FLOATS, LEAST_CAPABILITY
 from moe_runtime.layer import ExpertMath
@@ -58,7 +59,7 @@ def find_gate(module: nn.Module, math: ExpertMath) -> Gate | None:
     gates: list[tuple[Gate, TorchGate]] = [
         (Gate(activation="silu"), lambda g, u: functional.silu(g) * u),
         (Gate(activation="gelu_tanh"), lambda g, u: functional.gelu(g, approximate="tanh") * u),
-        (clamped, lambda g, u: _clamped(clamped, g, u)),
+        (clamped, partial(clamped_gate, clamped.alpha, clamped.limit)),
     ]
     halves = {False: trials.chunk(2, dim=-1), True: (trials[:, ::2], trials[:, 1::2])}
     for gate, function in gates:
@@ -66,8 +67,3 @@ def find_gate(module: nn.Module, math: ExpertMath) -> Gate | None:
             if is_same(function(first, second), expected):
                 return replace(gate, is_interleaved=is_interleaved)
     return None
-
-
-def _clamped(gate: Gate, g: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    g, u = g.clamp(max=gate.limit), u.clamp(-gate.limit, gate.limit)
-    return g * torch.sigmoid(gate.alpha * g) * (u + 1)

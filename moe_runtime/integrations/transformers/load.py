@@ -93,8 +93,9 @@ def load(
     is 'packed', 'unpacked', or 'auto', which is 'packed' where a kernel does that. `expert_dtype`
     'int8' or 'int4' rounds bfloat16 experts when they are read, so that twice or 3.5 times as many
     fit in memory: a lossy choice, which is never made for you, and refused with `exact`.
-    Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory, and one at a time is
-    dequantised when it is used; its other fp8 weights take the model's dtype while loading.
+    Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory. In bfloat16 a kernel computes
+    from them as they are; with `exact`, in other dtypes and for many tokens one at a time is
+    dequantised when it is used. Other fp8 weights take the model's dtype while loading.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
@@ -294,7 +295,11 @@ class _Plan:
         """Remove experts from `model`; returns the dense tensors left to load."""
         found = survey(model, load_config, self._checkpoint)
         accelerated = self._device.type != "cpu"
-        maths = choose_maths(found.sites, found.dtypes, self._device, exact=self._exact)
+        layers = found.tensor_map.layers
+        maths = choose_maths(
+            found.sites, found.dtypes, self._device, exact=self._exact, layers=layers
+        )
+        compact = computes_compact(maths, layers)
         if self._expert_dtype != "auto":
             _refuse_columns(found.sites, self._expert_dtype)
         parallel, num_neighbours = None, 1
@@ -305,8 +310,8 @@ class _Plan:
             num_neighbours = self._ranks.world.num_neighbours
         tensor_map = found.tensor_map
         if not accelerated:
-            is_by_kernel = not self._exact and computes_compact(maths)  # its bits know no addresses
-            tensor_map = tensor_map.beside_blocks(only_scaled=not is_by_kernel)
+            # The kernel's bits know no addresses.
+            tensor_map = tensor_map.beside_blocks(only_scaled=not compact)
         budget = plan_budget(
             self._memory,
             tensor_map,
@@ -317,7 +322,7 @@ class _Plan:
             device=(self._device.index or 0) if accelerated else "cpu",
             expert_slots=self._expert_slots,
             expert_dtype=self._expert_dtype,
-            computes_compact=computes_compact(maths),
+            computes_compact=compact,
             num_held=None if parallel is None else parallel.plan.num_held,
         )
         for site in found.sites:
