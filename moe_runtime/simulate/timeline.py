@@ -8,7 +8,13 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.cache.predictions import Predictions
 from moe_runtime.expert import ExpertKey
 from moe_runtime.perf.step_cost import StepCost
-from moe_runtime.scheduling.prefetch import Forecaster, PrefetchLedger, reads_that_fit
+from moe_runtime.scheduling.prefetch import (
+    AheadPlan,
+    Forecaster,
+    PrefetchLedger,
+    begin_ahead,
+    reads_that_fit,
+)
 
 Busy = tuple[float, float]  # from when to when, in seconds
 
@@ -134,14 +140,9 @@ class _Run:
         routed_next = self.compute_free + self.cost.dense_seconds
         idle_seconds = routed_next - max(self.disk_free, self.routed)
         most = reads_that_fit(idle_seconds, self.cost.read_seconds) - len(self.line)
-        pinned = set(keys)
-        wanted = [key for key in self.forecaster.wanted() if key not in pinned]
-        for key in wanted[: max(0, most)]:
-            read = self.cache.prefetch(key, pinned | self.ledger.awaited, self.forecaster.is_worth)
-            if read is None:
-                break
-            self._evict(read[1])
-            self.ledger.start(key, read[1])
+        plan = AheadPlan(self.forecaster.wanted(), most, self.forecaster.is_worth)
+        for key, (_, evicted) in begin_ahead(plan, self.cache, self.ledger, set(keys)):
+            self._evict(evicted)
             self.line[key] = self.cost.read_seconds
 
     def result(self, num_steps: int) -> Timeline:

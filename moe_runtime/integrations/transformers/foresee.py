@@ -92,12 +92,6 @@ def foresee(model: nn.Module, handle: Handle, predictor: str | Path, origin: Ori
     text = str(predictor)
     if text == OFF:
         return
-    if not isinstance(handle.engine, ExpertEngine):
-        why = "experts are computed on a GPU, where nothing is read ahead yet"
-        if text != AUTO:
-            raise PredictorError(f"predictor {text} has no effect: {why}; use {OFF} or {AUTO}")
-        handle.foresee_nothing(why)
-        return
     if text == AUTO and handle.budget.holds_all:
         handle.foresee_nothing("all experts fit in memory")
         return
@@ -108,8 +102,15 @@ def foresee(model: nn.Module, handle: Handle, predictor: str | Path, origin: Ori
             raise PredictorError(f"predictor {text} cannot be used: {error}") from error
         handle.foresee_nothing(str(error))
         return
-    piece_share = min(1.0, CHUNK_BYTES / handle.budget.slot_bytes)
-    attach(model, handle, Foresight(handle.engine, foreteller, BenefitGate(piece_share)))
+    gate = BenefitGate(piece_share(handle))
+    attach(model, handle, Foresight(handle.ahead, foreteller, gate))
+
+
+def piece_share(handle: Handle) -> float:
+    """Of an expert, how much may be on its way that nobody demanded, when a demand comes."""
+    if not isinstance(handle.engine, ExpertEngine):
+        return 1.0  # a copy to the device is queued whole
+    return min(1.0, CHUNK_BYTES / handle.budget.slot_bytes)
 
 
 def attach(model: nn.Module, handle: Handle, foresight: Foresight) -> None:

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 from moe_runtime.engine import EngineTimes, ExpertEngine
 from moe_runtime.errors import PredictorError
 from moe_runtime.foresight import Foresight, Gate
-from moe_runtime.integrations.transformers.foresee import attach
+from moe_runtime.integrations.transformers.foresee import attach, piece_share
 from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
@@ -30,7 +30,6 @@ from moe_runtime.measure.contention import Contention
 from moe_runtime.measure.probe.memory_rate import CpuMemoryRate, pool_bytes
 from moe_runtime.measure.random_read import RandomReads
 from moe_runtime.measure.replay_routing import RoutingReplay
-from moe_runtime.memory.disk import CHUNK_BYTES
 from moe_runtime.perf.hardware import BesideCompute
 from moe_runtime.perf.step_cost import StepCost
 from moe_runtime.predictors.live_gates import LiveGates
@@ -114,14 +113,14 @@ class _Contestant:
         assert isinstance(engine, ExpertEngine), "on the CPU"
         self._engine = engine
         self.replay = RoutingReplay(self.model, request.trace)
-        piece_share = min(1.0, CHUNK_BYTES / self.owner.budget.slot_bytes)
+        share = piece_share(self.owner)
         if not is_ours:
-            gate = BenefitGate(piece_share)
+            gate = BenefitGate(share)
             foresight = Foresight(self._engine, _foreteller(request, self), gate)
             attach(self.model, self.owner, foresight)
         if self.owner.foresight is None:
             raise PredictorError(self.owner.report()["prediction"]["why"])
-        inner = self.owner.foresight.gate if request.is_gated else OpenGate(piece_share)
+        inner = self.owner.foresight.gate if request.is_gated else OpenGate(share)
         self._switch = self.owner.foresight.gate = SwitchGate(inner)
         self._cache = DynamicCache(config=self.model.config)
         self._vocab = int(self.model.config.get_text_config().vocab_size)
