@@ -33,19 +33,21 @@ AUTO, OFF = "auto", "off"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, and how its routing looks."""
+    """Where a model came from, and how its routing looks; `memory` is where digests are kept."""
 
     folder: Path
+    memory: Path | None
     num_layers: int
     num_experts: int
     top_k: int
     is_packed: bool
 
     @classmethod
-    def of(cls, folder: Path, handle: Handle) -> "Origin":
+    def of(cls, folder: Path, handle: Handle, memory: Path | None) -> "Origin":
         sites = handle.sites
         return cls(
             folder=folder,
+            memory=memory,
             num_layers=len(sites),
             num_experts=max(site.num_experts for site in sites),
             top_k=max(site.top_k for site in sites),
@@ -54,7 +56,7 @@ class Origin:
 
     @cached_property
     def digest(self) -> str:
-        return checkpoint_digest(self.folder)
+        return checkpoint_digest(self.folder, self.memory)
 
     def fingerprint(self, *, with_digest: bool) -> Fingerprint:
         """What a predictor has to fit. A packed checkpoint has other bytes than its original."""
@@ -152,7 +154,7 @@ class _RouterHooks:
             self._hooks = []
 
 
-def start_warm(handle: Handle, folder: Path | None, origin: Origin) -> None:
+def start_warm(handle: Handle, folder: Path, origin: Origin) -> None:
     """Read first what was in slots when this checkpoint was closed last, and save it at close().
 
     Slots on a GPU start empty.

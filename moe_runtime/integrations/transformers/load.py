@@ -47,6 +47,7 @@ from moe_runtime.parallel.world import own_device
 from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
+from moe_runtime.warm_start import state_folder
 
 logger = logging.getLogger("moe_runtime")
 
@@ -224,13 +225,14 @@ def load(
     try:
         if linears:
             speed_up_linears(result)
-        origin = Origin.of(resolved.folder, handle)
+        # What another run had in its cache may be another rank's.
+        state = state_folder(warm_start) if ranks is None else None
+        origin = Origin.of(resolved.folder, handle, state)
         foresee(result, handle, predictor, origin)
         if ranks is not None:
             step_layers(result, handle, ranks)
-        # What another run had in its cache may be another rank's.
-        if warm_start and ranks is None:
-            start_warm(handle, None if warm_start is True else Path(warm_start), origin)
+        if state is not None:
+            start_warm(handle, state, origin)
     except BaseException:
         handle.close()
         raise
