@@ -158,10 +158,7 @@ class Foresight:
         """What to read while the disk has nothing that is demanded."""
         if self._thread != threading.get_ident():
             return None
-        fits = 1
-        if self.gate.read_seconds > 0.0:
-            fits = reads_that_fit(self.gate.idle_seconds, self.gate.read_seconds)
-        most = fits - num_in_line
+        most = reads_that_fit(self.gate.idle_seconds, self.gate.read_seconds) - num_in_line
         if most <= 0:
             return None
         started = self._own_clock()

@@ -16,7 +16,7 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.cache.predictions import LEAST_PREFETCHED, Predictions
 from moe_runtime.expert import ExpertKey
 
-_MANY_READS = 2**31  # where reads take no time
+_MANY_READS = 2**31  # where reads take next to no time
 
 
 @runtime_checkable
@@ -98,7 +98,12 @@ class Forecaster:
 
 
 def reads_that_fit(idle_seconds: float, read_seconds: float) -> int:
-    """Reads that begin while the disk would be idle; the last one may end after that."""
+    """Reads that begin while the disk would be idle; the last one may end after that.
+
+    One where nothing is known of reads: `read_seconds` is 0.
+    """
+    if read_seconds <= 0.0:
+        return 1
     if idle_seconds <= 0.0:
         return 0
     if idle_seconds >= _MANY_READS * read_seconds:
