@@ -99,11 +99,12 @@ def load(
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
-    `predictor` says what a token will need, so that the disk reads it while layers compute: 'auto'
-    (the model's own routers, a layer or two ahead, where they are found), 'gate_lookahead' (the
-    same, or an error), a file of `moe-runtime predictor train`, or 'off'. It reads only while that
-    gains time, and changes no output. `warm_start` keeps what was hot at close() for the next
-    start: True in the user's cache folder, or a folder of your own; False to start empty.
+    `predictor` says what a token will need, so that the disk reads it while layers compute, and on
+    a GPU the link brings it: 'auto' (the model's own routers, a layer or two ahead, where they are
+    found), 'gate_lookahead' (the same, or an error), a file of `moe-runtime predictor train`, or
+    'off'. It reads only while that gains time, and changes no output. `warm_start` keeps what was
+    hot at close() for the next start: True in the user's cache folder, or a folder of your own;
+    False to start empty.
     `device_map` is one device: the first GPU if there is one, else the CPU. On a GPU
     `expert_memory` is its memory, and `host_memory`, written alike, pinned host memory behind it:
     'auto' is all experts if they fit, else what fits. `miss` says what happens to an expert that
