@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,13 @@ from moe_runtime.memory.read_watch import ReadWatch
 from moe_runtime.memory.slots import Slots
 from moe_runtime.memory.tensor_map import Extent, TensorMap
 from moe_runtime.recording.engine_watch import EngineWatch
-from moe_runtime.scheduling.prefetch import PrefetchLedger
+from moe_runtime.scheduling.prefetch import (
+    AheadPlan,
+    AheadPlanner,
+    PrefetchCounts,
+    PrefetchLedger,
+    begin_ahead,
+)
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -69,23 +75,8 @@ class EngineTimes:
         return self.since(EngineTimes())
 
 
-@dataclass(frozen=True, slots=True)
-class AheadPlan:
-    """Absent experts to read ahead, the most wanted first, and at most how many of them.
-
-    Where the cache is full, one takes the slot of a victim that `is_worth(key, victim)` gives up.
-    """
-
-    keys: Sequence[ExpertKey]
-    most: int
-    is_worth: Callable[[ExpertKey, ExpertKey], bool]
-
-
-class Planner(Protocol):
-    """Says what to read while the disk has nothing that is demanded."""
-
-    def plan(self, num_in_line: int) -> AheadPlan | None:
-        """After a layer's demand is known, and once more after it ran."""
+# Times, and what became of reads ahead, at some moment.
+Progress = tuple[EngineTimes, tuple[PrefetchCounts, ...]]
 
 
 class ExpertEngine:
@@ -113,7 +104,7 @@ class ExpertEngine:
         self.slots = slots
         self.cache = ExpertCache(slots.num_slots, policy)
         self.reader = reader
-        self.planner: Planner | None = None
+        self.planner: AheadPlanner | None = None
         self.watch: EngineWatch | None = None
         self.ledger = PrefetchLedger()
         self.times = EngineTimes()
@@ -229,6 +220,31 @@ class ExpertEngine:
                 self._leave_slot(key)
                 self.cache.discard(key)
 
+    @property
+    def num_ahead(self) -> int:
+        """Reads in line that nobody has demanded."""
+        return len(self.reader.ahead)
+
+    def progress(self) -> Progress:
+        """What `since` looks back to."""
+        return self.times.copy(), (self.ledger.counts.copy(),)
+
+    def since(self, before: Progress) -> tuple[EngineTimes, PrefetchCounts]:
+        """Times and counts of what was done after `before`."""
+        times, (counts,) = before
+        return self.times.since(times), self.ledger.counts.since(counts)
+
+    def ahead_report(self) -> dict[str, Any]:
+        """What became of reads ahead, since loading."""
+        counts = self.ledger.counts
+        return {
+            "reads_ahead": counts.started,
+            "used": counts.used,
+            "cancelled": counts.cancelled,
+            "regrets": counts.regrets,
+            "wasted_bytes": int((counts.wasted + self.ledger.num_unused) * self.slots.slot_bytes),
+        }
+
     def start_clock(self) -> None:
         """What passed since the last layer was no time in which a forward ran."""
         self._idle_since = time.perf_counter()
@@ -248,17 +264,10 @@ class ExpertEngine:
 
     def _begin_ahead(self, plan: AheadPlan) -> None:
         self._is_planning = True
-        # Of the layer that runs, what the cache's plan gave up may still be in use in its old slot.
-        keys = [key for key in plan.keys if key not in self._pinned]
-        for key in keys[: plan.most]:
-            read = self.cache.prefetch(key, self._pinned | self.ledger.awaited, plan.is_worth)
-            if read is None:
-                break
-            slot, evicted = read
+        for key, (slot, evicted) in begin_ahead(plan, self.cache, self.ledger, self._pinned):
             if evicted is not None:
                 self._leave_slot(evicted)
             self._start_ahead(key, slot)
-            self.ledger.start(key, evicted)
         self._is_planning = False
 
     def _correct(self, keys: Sequence[ExpertKey]) -> None:

@@ -12,13 +12,19 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from moe_runtime.cache.cache import ExpertCache
 from moe_runtime.cache.predictions import Predictions
-from moe_runtime.engine import AheadPlan, EngineTimes, ExpertEngine
+from moe_runtime.engine import EngineTimes, Progress
 from moe_runtime.expert import ExpertKey
 from moe_runtime.predictors.predictor import Foreteller, StepRows
 from moe_runtime.scheduling.adviser import Adviser
 from moe_runtime.scheduling.benefit import ForwardFacts
-from moe_runtime.scheduling.prefetch import Forecaster, PrefetchCounts, reads_that_fit
+from moe_runtime.scheduling.prefetch import (
+    AheadPlan,
+    Forecaster,
+    PrefetchCounts,
+    reads_that_fit,
+)
 
 logger = logging.getLogger("moe_runtime")
 
@@ -47,6 +53,26 @@ class Gate(Protocol):
     def report(self) -> dict[str, object]: ...
 
 
+class AheadReader(Protocol):
+    """What reads ahead of need: an engine, or the tiers below a device."""
+
+    @property
+    def cache(self) -> ExpertCache: ...
+
+    @property
+    def num_ahead(self) -> int: ...
+
+    def read_ahead(self, plan: AheadPlan) -> None: ...
+
+    def start_clock(self) -> None: ...
+
+    def progress(self) -> Progress: ...
+
+    def since(self, before: Progress) -> tuple[EngineTimes, PrefetchCounts]: ...
+
+    def ahead_report(self) -> dict[str, Any]: ...
+
+
 class Foresight:
     """Told of each forward as it runs: `begin`, for each layer `saw` and `routed`, `end`.
 
@@ -56,7 +82,7 @@ class Foresight:
 
     def __init__(
         self,
-        engine: ExpertEngine,
+        reader: AheadReader,
         predictor: Foreteller,
         gate: Gate,
         *,
@@ -65,11 +91,11 @@ class Foresight:
     ) -> None:
         self.predictor = predictor
         self.gate = gate
-        self._engine = engine
+        self._reader = reader
         self._clock = clock
         self._own_clock = own_clock  # what disk threads take meanwhile is not the predictor's
         self._num_experts = predictor.fingerprint.num_experts
-        self._forecaster = Forecaster(engine.cache)
+        self._forecaster = Forecaster(reader.cache)
         self._needs_hidden = "hidden" in predictor.needs
         self._adviser: Adviser | None = None
         self._thread: int | None = None  # of the forward that runs; None: nobody listens
@@ -77,8 +103,7 @@ class Foresight:
         self._hidden: tuple[int, torch.Tensor] | None = None  # of the layer that routes
         self._predictor_seconds = 0.0
         self._began = 0.0
-        self._times = EngineTimes()
-        self._counts = PrefetchCounts()
+        self._before = reader.progress()
         self._trial: dict[int, dict[ExpertKey, None]] = {}  # by layer, what would be on its way
         self._trial_counts = PrefetchCounts()
 
@@ -93,10 +118,10 @@ class Foresight:
         self._num_rows = num_rows
         self._began = self._clock()
         self._predictor_seconds = 0.0
-        self._times, self._counts = self._engine.times.copy(), self._engine.ledger.counts.copy()
+        self._before = self._reader.progress()
         self._trial.clear()
         self._trial_counts = PrefetchCounts()
-        self._engine.start_clock()
+        self._reader.start_clock()
         if not self.gate.is_listening:
             self._adviser = None
             return
@@ -105,9 +130,9 @@ class Foresight:
             self._adviser = Adviser(self.predictor)
         adviser = self._adviser
         self._ask(lambda: adviser.begin(rows()), layer=-1)
-        plan = self.plan(len(self._engine.reader.ahead))
+        plan = self.plan(self._reader.num_ahead)
         if plan is not None:
-            self._engine.read_ahead(plan)
+            self._reader.read_ahead(plan)
 
     def saw(self, layer: int, hidden: torch.Tensor) -> None:
         """The router of `layer` is given `hidden` `[..., D]`."""
@@ -133,10 +158,7 @@ class Foresight:
         """What to read while the disk has nothing that is demanded."""
         if self._thread != threading.get_ident():
             return None
-        fits = 1
-        if self.gate.read_seconds > 0.0:
-            fits = reads_that_fit(self.gate.idle_seconds, self.gate.read_seconds)
-        most = fits - num_in_line
+        most = reads_that_fit(self.gate.idle_seconds, self.gate.read_seconds) - num_in_line
         if most <= 0:
             return None
         started = self._own_clock()
@@ -153,9 +175,7 @@ class Foresight:
         self._thread = None
         if self._num_rows > _MOST_ROWS:
             return
-        times = self._engine.times.since(self._times)
-        is_on = self.gate.is_on
-        counts = self._engine.ledger.counts.since(self._counts) if is_on else self._trial_counts
+        times, counts = self._reader.since(self._before)
         self.gate.add(
             ForwardFacts(
                 num_visits=times.visits,
@@ -164,22 +184,16 @@ class Foresight:
                 stall_seconds=times.stall_seconds,
                 idle_seconds=times.idle_seconds,
                 read_seconds=times.fetch_seconds / times.fetched if times.fetched else None,
-                counts=counts,
+                counts=counts if self.gate.is_on else self._trial_counts,
             )
         )
 
     def report(self) -> dict[str, Any]:
         """`prediction` of the handle's report; reads ahead are counted since loading."""
-        ledger = self._engine.ledger
-        counts, slot_bytes = ledger.counts, self._engine.slots.slot_bytes
         return {
             "predictor": self.predictor.name,
             **self.gate.report(),
-            "reads_ahead": counts.started,
-            "used": counts.used,
-            "cancelled": counts.cancelled,
-            "regrets": counts.regrets,
-            "wasted_bytes": int((counts.wasted + ledger.num_unused) * slot_bytes),
+            **self._reader.ahead_report(),
         }
 
     def _ask(self, said: Callable[[], Predictions], *, layer: int) -> None:

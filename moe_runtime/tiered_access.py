@@ -85,6 +85,7 @@ class TieredAccess:
         self.keys.update(keys)
         with engine.deciding():
             engine.read_use_log()
+            engine.ahead.correct(keys)
             accesses = engine.cache.admit([k for k in keys if k.expert not in computed])
             # What the CPU computes was missing too.
             engine.cache.counts[self.layer].misses += len(computed)
@@ -93,6 +94,7 @@ class TieredAccess:
                 order = sorted(missing)  # waves: as the cache decided
             assert sorted(order) == sorted(missing), (order, missing)
             hosts = engine.host_cache.admit([ExpertKey(self.layer, e) for e in order])
+            engine.ahead.left((a.evicted for a in accesses), (h.evicted for h in hosts))
         self._plan(accesses, hosts)
         for journey in self._journeys.values():
             self._advance(journey)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from moe_runtime.cache.lru import LRUPolicy
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.ahead_line import AheadRead
 from moe_runtime.memory.device_slots import DeviceSlots
 from moe_runtime.memory.expert_source import ExpertSource, Load
 from moe_runtime.memory.pinned_buffer import PinnedBuffer
@@ -26,6 +27,7 @@ from moe_runtime.memory.use_log import UseLog
 from moe_runtime.recording.engine_watch import EngineWatch
 from moe_runtime.scheduling.miss_planner import MissPlanner
 from moe_runtime.tiered_access import TieredAccess
+from moe_runtime.tiered_ahead import TieredAhead
 
 
 @dataclass(slots=True)
@@ -68,12 +70,13 @@ class TieredEngine:
         self.cache = ExpertCache(device_slots.num_slots, policy)
         self.host_cache = ExpertCache(host_slots.num_slots, LRUPolicy())
         self.planner = planner
+        self.ahead = TieredAhead(self)
         self.watch: EngineWatch | None = None
         self.counts = TransferCounts()
         self.buffers = {name: PinnedBuffer(streams) for name in ("routing", "inputs", "outputs")}
         # Re-entrant: an interrupt between taking a turn and using it must not block close().
         self.turn = threading.RLock()
-        self._source = source
+        self.source = source
         self._poison = poison
         self._is_closed = False
         self._is_open = False  # between a layer's start and its orderly end
@@ -92,12 +95,12 @@ class TieredEngine:
     @property
     def bytes_read(self) -> int:
         """Bytes asked of the disk so far, alignment included."""
-        return self._source.bytes_read
+        return self.source.bytes_read
 
     def set_watch(self, watch: EngineWatch | None, reads: ReadWatch | None) -> None:
         """Tell `watch` of layers and `reads` of the disk's reads, from now on."""
         self.watch = watch
-        self._source.set_watch(reads)
+        self.source.set_watch(reads)
 
     @property
     def is_closed(self) -> bool:
@@ -128,31 +131,10 @@ class TieredEngine:
             self.turn.release()
             raise
 
-    def prefetch(
-        self,
-        keys: Sequence[ExpertKey],
-        is_worth: Callable[[ExpertKey, ExpertKey], bool] = lambda key, victim: True,
-    ) -> None:
-        """Bring each of `keys` one tier closer: from host memory to the device, or from disk.
-
-        Copies go to the stream of low priority, and keys on their way from disk are left alone.
-        Neither `keys` nor experts of the layer that runs make room; the policy's victim does where
-        `is_worth(key, victim)`.
-        """
-        with self.turn:
-            if self._is_closed:
-                return
-            if self._is_open and self._current is None:  # an interrupt cut short a layer's start
-                self._reset()
-            pinned = set(keys) if self._current is None else {*keys, *self._current.keys}
-            try:
-                for key in keys:
-                    if key not in self.cache:
-                        self._prefetch(key, pinned, is_worth)
-            except BaseException:
-                if self._current is None:  # a layer that is open cleans up itself
-                    self.abandon()
-                raise
+    @property
+    def is_between_layers(self) -> bool:
+        """Whether no layer runs, and none was cut short."""
+        return not (self._is_closed or self._is_open or self._is_deciding)
 
     def fill(self) -> None:
         """Read as many experts as the device holds, layer by layer, each layer's side by side."""
@@ -172,7 +154,7 @@ class TieredEngine:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._source.close()
+            self.source.close()
             self.streams.synchronize()  # sync: memory must outlive copies and kernels
             self._tables.clear()
             self._use_log.close()
@@ -198,6 +180,22 @@ class TieredEngine:
     def is_on_host(self, key: ExpertKey) -> bool:
         """Whether host memory holds `key`, or will without being asked again."""
         return key in self.host_cache
+
+    def has_arrived(self, key: ExpertKey) -> bool:
+        """Whether the bytes of `key` are in host memory. Never blocks."""
+        if key not in self.host_cache:
+            return False
+        slot = self.host_cache.slot(key)
+        if slot in self._reads:
+            read_key, load = self._reads[slot]
+            if read_key == key and load.has_arrived:
+                self.finish_read(key, slot, may_wait=False)
+        return self._host_keys[slot] == key
+
+    @property
+    def running(self) -> AbstractSet[ExpertKey]:
+        """What the layer that runs demanded."""
+        return frozenset() if self._current is None else self._current.keys
 
     def slot_table(self, layer: int, compute: Stream) -> torch.Tensor | None:
         """The slot of each expert of `layer` (`[E]` int32), if the device holds them all.
@@ -240,15 +238,33 @@ class TieredEngine:
 
     def start_read(self, key: ExpertKey, slot: int) -> None:
         """Read `key` into host `slot`, which no copy reads any more."""
+        load = self._new_load(key, slot)
+        self.source.start(key, self.host_slots.blob(slot), load)
+
+    def can_fill_host(self, slot: int) -> bool:
+        """Whether nothing reads or writes host `slot`. Never blocks."""
+        is_written = slot in self._reads and not self._reads[slot][1].is_done
+        return not is_written and self.host_slots.is_free(slot)
+
+    def new_read_ahead(self, key: ExpertKey, slot: int) -> AheadRead:
+        """A read of `key` into host `slot` for the line of the source; the slot can be filled."""
+        load = self._new_load(key, slot)
+        return self.source.ahead_read(key, self.host_slots.blob(slot), load)
+
+    def forget_read(self, slot: int) -> None:
+        """Nothing is on its way to host `slot` any more."""
+        self._reads.pop(slot, None)
+
+    def _new_load(self, key: ExpertKey, slot: int) -> Load:
         if slot in self._reads:  # of a key that was evicted, or that no layer waited for
             self._reads[slot][1].settle()
         self._host_keys[slot] = None
         if self._poison:
             self.host_slots.poison(slot)
         # In the books before it starts: an interrupt must not lose sight of bytes on their way.
-        load = self._source.new_load()
+        load = self.source.new_load()
         self._reads[slot] = key, load
-        self._source.start(key, self.host_slots.blob(slot), load)
+        return load
 
     def finish_read(self, key: ExpertKey, slot: int, *, may_wait: bool) -> bool:
         """Whether host `slot` holds `key`, after a wait if need be. Raises ExpertReadError."""
@@ -297,6 +313,14 @@ class TieredEngine:
             self.watch.copied(*events)
         return events
 
+    def copy_ahead(self, key: ExpertKey, device_slot: int) -> Event:
+        """Queue the copy of `key`, which is in host memory, behind all demand; where it ends."""
+        host_slot = self.host_cache.slot(key)
+        stream = self.streams.prefetch
+        events = self.copy(key, host_slot=host_slot, device_slot=device_slot, stream=stream)
+        self.counts.num_prefetched += 1
+        return events[1]
+
     def mark_used(self, layer: int, compute: Stream) -> None:
         """Every kernel that reads experts of `layer` is launched on `compute`."""
         self._last_used = self._used[layer] = compute.record()
@@ -312,10 +336,11 @@ class TieredEngine:
             self._seen_on_host[key] = None
             self._seen_on_host.move_to_end(key)
             if was_seen or len(self.cache) < self.cache.num_slots:
-                self.prefetch([key])
+                self._keep(key)
                 del self._seen_on_host[key]
         while len(self._seen_on_host) > self.cache.num_slots:
             self._seen_on_host.popitem(last=False)
+        self.ahead.look()
         self._end_turn()
 
     def abandon(self) -> None:
@@ -336,6 +361,7 @@ class TieredEngine:
         for cache, held in ((self.host_cache, self._host_keys), (self.cache, self._device_keys)):
             cache.clear()
             held[:] = [None] * len(held)
+        self.ahead.forget()
         self._is_deciding = False
         self._end_turn()
 
@@ -344,6 +370,7 @@ class TieredEngine:
         self._is_open = False
 
     def _settle(self) -> None:
+        self.ahead.stop()
         for slot, (key, load) in self._reads.items():
             load.settle()
             if load.has_arrived:
@@ -353,27 +380,15 @@ class TieredEngine:
         self.streams.synchronize()  # sync: after an error, nothing may be left in flight
         self._tables.clear()
 
-    def _prefetch(
-        self,
-        key: ExpertKey,
-        pinned: AbstractSet[ExpertKey],
-        is_worth: Callable[[ExpertKey, ExpertKey], bool],
-    ) -> None:
-        if key not in self.host_cache:
+    def _keep(self, key: ExpertKey) -> None:
+        """Copy `key`, which the CPU computed, to the device, if something there can make room."""
+        if key not in self.cache and self.has_arrived(key):
             with self.deciding():
-                room = self.host_cache.prefetch(key, pinned, is_worth)
+                room = self.cache.prefetch(key, self.running, lambda key, victim: True)
+                if room is not None:
+                    self.ahead.left([room[1]])
             if room is not None:
-                self.free_host_slot(room[0])
-                self.start_read(key, room[0])
-            return
-        host_slot = self.host_cache.slot(key)
-        if self._host_keys[host_slot] != key:  # on its way
-            return
-        with self.deciding():
-            room = self.cache.prefetch(key, pinned, is_worth)
-        if room is not None:
-            self.copy(key, host_slot=host_slot, device_slot=room[0], stream=self.streams.prefetch)
-            self.counts.num_prefetched += 1
+                self.copy_ahead(key, room[0])
 
     def free_host_slot(self, slot: int) -> None:
         """Wait, if need be, until no copy reads host `slot` any more."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from moe_runtime.expert import ExpertKey
+from moe_runtime.foresight import Foresight
 from moe_runtime.layer import Dispatch, LayerMath
 from moe_runtime.memory.stream import Event, Stream
 from moe_runtime.scheduling.miss_plan import Miss, MissPlan, MissWay
@@ -29,8 +30,8 @@ class TieredLayers:
     """Runs layers through a TieredEngine, with the miss plan, and learns from what they took.
 
     One host sync a layer, to read the routing; none where the device holds every expert of the
-    layer and a grouped kernel finds them through a table of slots: the host then learns of the
-    routing when it next waits for something else.
+    layer, a grouped kernel finds them through a table of slots and no predictor listens: the host
+    then learns of the routing when it next waits for something else.
 
     An output does not depend on what was cached, with one exception: an expert that the CPU
     computed differs from the device's in rounding. Rows are summed in one order, whoever made them.
@@ -38,6 +39,7 @@ class TieredLayers:
 
     def __init__(self, engine: TieredEngine) -> None:
         self._engine = engine
+        self.foresight: Foresight | None = None
         self._planner = engine.planner
         self._measured: deque[_Measurement] = deque()
 
@@ -54,7 +56,8 @@ class TieredLayers:
             return torch.zeros_like(hidden_TD)
         inputs = _Inputs(hidden_TD, top_k_index_TK, top_k_weights_TK)
         with self._engine.open_layer(layer) as access:
-            if math.grouped is not None:
+            is_heard = self.foresight is not None and self.foresight.is_listening
+            if math.grouped is not None and not is_heard:
                 slots_E = self._engine.slot_table(layer, access.compute)
                 if slots_E is not None:
                     return self._run_resident(access, math.grouped, inputs, slots_E)
@@ -91,6 +94,8 @@ class TieredLayers:
         rows.sort(access.compute)  # while the host waits
         engine.wait(on_host.read)  # sync: the host must know which experts to bring
         counts = on_host.counts(num_experts)
+        if self.foresight is not None:
+            self.foresight.routed(layer, on_host.index_TK)
         self._learn()
         misses = [
             Miss(expert, count, not engine.is_on_host(key))
@@ -102,6 +107,8 @@ class TieredLayers:
         held = [expert for expert in needed if expert not in missing]
         plan = self._planner.plan(misses, [counts[e] for e in held], can_compute=can_compute)
         computed = [miss.expert for miss in plan.computed]
+        stall_seconds = self._planner.stall_seconds(plan, [counts[e] for e in needed])
+        engine.ahead.demanded(plan, stall_seconds)
         access.need(needed, computed=computed, order=plan.order)
         rows.place(counts, access.device_slots, access.compute)
         _Run(self, engine, access, math.host, rows, on_host, counts).go(held, plan)

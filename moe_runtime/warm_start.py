@@ -148,9 +148,16 @@ class WarmStart:
             foresight.gate.restore(about["gate"])
 
 
-def state_file(folder: Path | None, checkpoint: str) -> Path:
-    """Of the checkpoint with this digest, in `folder` or in the user's cache."""
-    return (default_folder() if folder is None else folder) / f"{checkpoint}.npz"
+def state_file(folder: Path, checkpoint: str) -> Path:
+    """Of the checkpoint with this digest."""
+    return folder / f"{checkpoint}.npz"
+
+
+def state_folder(warm_start: bool | str | Path) -> Path | None:
+    """Where `load` keeps what it was told to: nowhere, in the user's cache, or in a folder."""
+    if isinstance(warm_start, bool):
+        return default_folder() if warm_start else None
+    return Path(warm_start)
 
 
 def default_folder() -> Path:

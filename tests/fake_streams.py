@@ -9,11 +9,13 @@ import random
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from moe_runtime.errors import DeviceMemoryError, ExpertReadError, PinningError
 from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.ahead_line import AheadLine, AheadRead, read_now
 from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.stream import Event
 
@@ -31,7 +33,7 @@ class FakeMachine:
         self.calls_left: int | None = None  # until a KeyboardInterrupt
         self.starved: str | None = None  # a stream that gets nothing done until the host must wait
         self.queues: dict[str, deque[_Step]] = {}
-        self.reads: list[FakeLoad] = []
+        self.reads: list[Callable[[], object]] = []  # pieces that the disk may take next
 
     @property
     def is_idle(self) -> bool:
@@ -69,15 +71,15 @@ class FakeMachine:
             for name, queue in self.queues.items()
             if name != without and queue and queue[0].is_allowed()
         ]
-        choices = [*heads, *self.reads]
-        if not choices:
+        num_choices = len(heads) + len(self.reads)
+        if not num_choices:
             return False
         self.clock_seconds += self.rng.random() * MAX_STEP_SECONDS
-        chosen = self.rng.choice(choices)
-        if isinstance(chosen, FakeLoad):
-            chosen.advance()
+        chosen = self.rng.randrange(num_choices)
+        if chosen < len(heads):
+            heads[chosen].popleft().run()
         else:
-            chosen.popleft().run()
+            self.reads.pop(chosen - len(heads))()
         return True
 
 
@@ -183,15 +185,25 @@ class FakeStreams:
         self.machine.run_until(lambda: not any(self.machine.queues.values()))
 
 
-class FakeLoad:
-    """One read in two halves."""
+class FakePool:
+    """Threads of the disk, which take pieces in any order."""
 
     def __init__(self, machine: FakeMachine) -> None:
         self._machine = machine
-        self._halves: deque[Callable[[], None]] = deque()
+
+    def submit(self, job: Callable[[], object]) -> None:
+        self._machine.reads.append(job)
+
+
+class FakeLoad:
+    """One expert on its way, on which nobody blocks."""
+
+    def __init__(self, machine: FakeMachine) -> None:
+        self._machine = machine
         self._error: BaseException | None = None
+        self._remaining = 0
         self._is_over = False
-        self._has_begun = False
+        self.has_begun = False
 
     @property
     def is_done(self) -> bool:
@@ -202,37 +214,27 @@ class FakeLoad:
     def has_arrived(self) -> bool:
         return self._is_over and self._error is None
 
-    def begin(self, blob: Blob, data: Blob, error: BaseException | None) -> None:
-        half, self._error = len(data) // 2, error
+    def begin(self, num_reads: int) -> None:
+        self._remaining, self.has_begun = num_reads, True
 
-        def write(part: slice) -> None:
-            blob[: len(data)][part] = data[part]
-
-        self._halves.extend([lambda: write(slice(half)), lambda: write(slice(half, None))])
-        self._has_begun = True
-        self._machine.reads.append(self)
-
-    def advance(self) -> None:
-        half = self._halves.popleft()
-        if self._error is None:
-            half()
-        if not self._halves:
-            self._machine.reads.remove(self)
-            self._is_over = True
+    def account(self, error: BaseException | None, on_complete: object) -> None:
+        self._error = self._error or error
+        self._remaining -= 1
+        self._is_over = self._remaining == 0
 
     def settle(self) -> None:
-        if self._has_begun:
+        if self.has_begun:
             self._machine.run_until(lambda: self._is_over)
 
     def wait(self) -> None:
-        assert self._has_begun
+        assert self.has_begun
         self.settle()
         if self._error is not None:
             raise self._error
 
 
 class FakeSource:
-    """A disk that holds `blobs`, and fails now and then."""
+    """A disk that holds `blobs`, gives an expert in two halves, and fails now and then."""
 
     def __init__(self, machine: FakeMachine, blobs: Mapping[ExpertKey, Blob]) -> None:
         self.fail_probability = 0.0
@@ -240,22 +242,37 @@ class FakeSource:
         self.is_closed = False
         self._machine = machine
         self._blobs = blobs
+        self._pool: Any = FakePool(machine)
+        self.ahead = AheadLine(self._pool)
 
     def new_load(self) -> FakeLoad:
         return FakeLoad(self._machine)
 
-    def start(self, key: ExpertKey, blob: Blob, load: object) -> None:
-        assert isinstance(load, FakeLoad)
+    def start(self, key: ExpertKey, blob: Blob, load: Any) -> None:
         self._machine.drift()
-        is_bad = self._machine.rng.random() < self.fail_probability
-        load.begin(
-            blob, self._blobs[key], ExpertReadError(f"injected at {key}") if is_bad else None
-        )
-        self.bytes_read += len(self._blobs[key])
+        read_now(self._pool, self._halves(key, blob), load, None)
+
+    def ahead_read(self, key: ExpertKey, blob: Blob, load: Any) -> AheadRead:
+        self._machine.drift()
+        return AheadRead(self._halves(key, blob), load, None)
 
     def set_watch(self, watch: object) -> None:
         """It makes no reads that take time."""
 
     def close(self) -> None:
+        self.ahead.clear()
         self._machine.run_until(lambda: not self._machine.reads)
         self.is_closed = True
+
+    def _halves(self, key: ExpertKey, blob: Blob) -> deque[Callable[[], None]]:
+        data = self._blobs[key]
+        is_bad = self._machine.rng.random() < self.fail_probability
+
+        def write(part: slice) -> None:
+            if is_bad:
+                raise ExpertReadError(f"injected at {key}")
+            blob[: len(data)][part] = data[part]
+            self.bytes_read += len(data[part])
+
+        half = len(data) // 2
+        return deque([lambda: write(slice(half)), lambda: write(slice(half, None))])

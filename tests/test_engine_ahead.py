@@ -13,11 +13,11 @@ import torch
 from moe_runtime.cache.cache import ExpertCache
 from moe_runtime.cache.lru import LRUPolicy
 from moe_runtime.cache.static import StaticPolicy
-from moe_runtime.engine import AheadPlan, ExpertEngine
+from moe_runtime.engine import ExpertEngine
 from moe_runtime.errors import ExpertReadError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.ahead_line import AheadLine
-from moe_runtime.scheduling.prefetch import PrefetchLedger
+from moe_runtime.scheduling.prefetch import AheadPlan, PrefetchLedger
 from tests.interruption import NEVER, Interruption
 from tests.test_engine import (
     NUM_LAYERS,

@@ -54,7 +54,7 @@ def run_schedule(running: Running, num_forwards: int = NUM_FORWARDS, max_tokens:
     queued: list[Forward] = []
     for _ in range(num_forwards):
         if rng.random() < 0.3:
-            running.engine.prefetch([world.random_key() for _ in range(rng.randint(1, 4))])
+            running.read_ahead([world.random_key() for _ in range(rng.randint(1, 4))])
         running.streams.compute_name = rng.choice(["compute", "compute", "another thread's"])
         forward = world.forward(max_tokens)
         running.run(forward)
@@ -100,7 +100,7 @@ def test_errors_and_interrupts_leave_nothing_in_flight(seed: int, way: MissWay) 
         forward = world.forward()
         try:
             if trouble == "prefetch":
-                running.engine.prefetch([world.random_key() for _ in range(4)])
+                running.read_ahead([world.random_key() for _ in range(4)])
             running.run(forward)
         except ExpertReadError:
             assert trouble == "read"
@@ -322,47 +322,11 @@ def test_unused_experts_do_no_harm() -> None:
         running.engine.close()
 
 
-def test_prefetch_spares_the_layer_that_runs() -> None:
-    """Law: what is fetched ahead while a layer runs evicts none of the experts that it uses."""
-    for seed in range(20):
-        running = random_running(seed, MissWay.COPY, num_slots=4, num_host_slots=99)
-        running.engine.prefetch(list(running.world.blobs))
-        running.machine.run_until(lambda machine=running.machine: machine.is_idle)
-        with running.engine.open_layer(0, [0, 1]) as access:
-            running.engine.prefetch(list(running.world.blobs))
-            assert access.keys == {ExpertKey(0, 0), ExpertKey(0, 1)}
-            assert access.keys <= set(running.engine.cache.resident())
-            for expert in (0, 1):
-                access.weights(expert)
-                access.release(expert)
-        running.engine.close()
-
-
-def test_prefetch_asks_what_is_worth_its_place() -> None:
-    """Law: a full cache gives an expert up only where the one who prefetches says so."""
-    running = random_running(1, MissWay.COPY, num_slots=2, num_host_slots=99)
-    engine, keys = running.engine, [ExpertKey(0, 0), ExpertKey(0, 1), ExpertKey(1, 0)]
-    for _ in range(2):  # from disk to the host, from there to the device
-        engine.prefetch(keys[:2])
-        engine.prefetch(keys[2:], lambda key, victim: False)
-        running.machine.run_until(lambda: running.machine.is_idle)
-        engine.open_layer(2).__exit__(None, None, None)  # learns what was read
-        for key in keys:
-            engine.finish_read(key, engine.host_cache.slot(key), may_wait=True)
-    asked: list[tuple[ExpertKey, ExpertKey]] = []
-    engine.prefetch(keys[2:], lambda key, victim: bool(asked.append((key, victim))))
-    assert asked == [(keys[2], keys[0])]
-    assert set(engine.cache.resident()) == set(keys[:2])
-    engine.prefetch(keys[2:])
-    assert set(engine.cache.resident()) == set(keys[1:])
-    engine.close()
-
-
 def test_close_ends_everything() -> None:
     """Law: after close() nothing is pinned, and a layer raises with the remedy."""
     running = random_running(5, MissWay.COPY)
     running.run(running.world.forward())
-    running.engine.prefetch([ExpertKey(0, 0), ExpertKey(1, 1)])
+    running.read_ahead([ExpertKey(0, 0), ExpertKey(1, 1)])
     running.engine.close()
     running.engine.close()
     assert running.machine.is_idle

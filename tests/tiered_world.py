@@ -23,6 +23,7 @@ from moe_runtime.memory.pinned_slots import PinnedSlots
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 from moe_runtime.scheduling.miss_plan import MissWay
 from moe_runtime.scheduling.miss_planner import MissPlanner
+from moe_runtime.scheduling.prefetch import AheadPlan
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from moe_runtime.tiered_math import TieredMath
@@ -167,6 +168,12 @@ class Running:
             forward.index_TK,
             forward.scores_TK,
         )
+
+    def read_ahead(self, keys: Sequence[ExpertKey]) -> None:
+        """Bring those of `keys` that the device lacks a tier closer, as far as tiers are idle."""
+        absent = [key for key in dict.fromkeys(keys) if key not in self.engine.cache]
+        plan = AheadPlan(absent, len(absent), lambda key, victim: True)
+        self.engine.ahead.read_ahead(plan)
 
     def check(self, forward: Forward) -> None:
         """Wait for all that is queued, and compare: bits, or what a kernel of float32 promises."""

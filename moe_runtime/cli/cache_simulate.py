@@ -147,11 +147,17 @@ def simulate(
                 check_writable(output)
         cost = None
         if hardware is not None:
+            from moe_runtime.memory.disk import CHUNK_BYTES
             from moe_runtime.perf.hardware import Hardware
             from moe_runtime.perf.step_cost import StepCost
 
             machine = Hardware.load(hardware)
-            cost = StepCost.of(machine, expert_bytes=expert_bytes, dense_bytes=dense_bytes)
+            cost = StepCost.of(
+                machine,
+                expert_bytes=expert_bytes,
+                dense_bytes=dense_bytes,
+                piece_bytes=CHUNK_BYTES,
+            )
         wanted = _POLICY_FIELDS
         told_by: Predictor | None = None
         if predictor is not None:

@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 
 from moe_runtime.measure.random_read import RandomReads
+from moe_runtime.memory.disk import CHUNK_BYTES, NUM_THREADS
 from moe_runtime.perf.hardware import BesideCompute
 
 _SECONDS = 0.25  # of each of the three
 _MATRIX_BYTES = 8 * 2**20
-_BLOCK_BYTES = 704 * 2**10  # what the runtime reads ahead at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,10 @@ class _Rates:
 
 
 class Contention:
-    """Rounds of computing alone, reading alone and both, one read under way at a time.
+    """Rounds of computing alone, reading alone and both.
+
+    Alone the disk reads as for a demand, many pieces at a time; beside compute as ahead of need,
+    one after the other.
 
     Where the disk is virtual, its host copies every block in the memory and with the processors
     that compute, and two lanes that a simulation keeps apart are not apart.
@@ -39,14 +42,23 @@ class Contention:
         self._reads = reads
         self._compute_shares: list[float] = []
         self._read_shares: list[float] = []
+        self._read_gbps: list[float] = []  # beside compute
 
     def sample(self) -> None:
         """One round."""
         compute = self._computed_until(time.perf_counter() + _SECONDS)
-        read = self._reads.rate_gbps(block_bytes=_BLOCK_BYTES, num_threads=1, seconds=_SECONDS)
+        read = self._reads.rate_gbps(
+            block_bytes=CHUNK_BYTES, num_threads=NUM_THREADS, seconds=_SECONDS
+        )
         both = self._both()
         self._compute_shares.append(both.compute / compute)
         self._read_shares.append(both.read / read)
+        self._read_gbps.append(both.read)
+
+    @property
+    def read_gbps(self) -> float:
+        """Of one read after the other beside compute, the median over the rounds."""
+        return statistics.median(self._read_gbps)
 
     def result(self) -> BesideCompute:
         """Medians over the rounds; nothing is said to be faster in company."""
@@ -67,7 +79,7 @@ class Contention:
 
         def work() -> None:
             read.append(
-                self._reads.rate_gbps(block_bytes=_BLOCK_BYTES, num_threads=1, seconds=_SECONDS)
+                self._reads.rate_gbps(block_bytes=CHUNK_BYTES, num_threads=1, seconds=_SECONDS)
             )
 
         reader = threading.Thread(target=work)

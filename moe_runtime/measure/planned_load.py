@@ -64,9 +64,10 @@ def load(model: str | Path, *, plan: str = OFF, **arguments: Any) -> PreTrainedM
     )
     machine = _machine(resolved.folder, arguments)
     wishes = {name: value for name, value in arguments.items() if name != "warm_start"}
-    digest = checkpoint_digest(resolved.folder)
+    folder = warm_start.state_folder(arguments.get("warm_start", True))
+    digest = checkpoint_digest(resolved.folder, folder)
     fingerprint = fingerprint_of(digest, machine, wishes)
-    path = _folder(arguments) / f"plan-{digest}.json"
+    path = (folder or warm_start.default_folder()) / f"plan-{digest}.json"
     available = machine.memory.available_bytes
     verdict = recall(path, fingerprint, available)
     if verdict is None:
@@ -79,7 +80,7 @@ def load(model: str | Path, *, plan: str = OFF, **arguments: Any) -> PreTrainedM
         verdict = Verdict(
             fingerprint=fingerprint, available_bytes=available, chosen=chosen, trials=trials
         )
-        if arguments.get("warm_start", True):
+        if folder is not None:
             verdict.save(path)
     loaded = load_as_asked(model, **{**verdict.winner.arguments, **arguments})
     loaded_model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -156,12 +157,6 @@ def _machine(folder: Path, arguments: Mapping[str, Any]) -> Hardware:
             "or compute on the CPU"
         )
     return machine
-
-
-def _folder(arguments: Mapping[str, Any]) -> Path:
-    """Where warm starts are kept too."""
-    asked = arguments.get("warm_start", True)
-    return warm_start.default_folder() if isinstance(asked, bool) else Path(asked)
 
 
 def _without_hub(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.ahead_line import AheadLine, AheadRead
 from moe_runtime.memory.disk import Blob, DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.read_watch import ReadWatch
@@ -28,7 +29,13 @@ class Load(Protocol):
 
 
 class ExpertSource(Protocol):
-    """Reads experts in the background. A load stands in its owner's books before it starts."""
+    """Reads experts in the background. A load stands in its owner's books before it starts.
+
+    `ahead` is the line of reads that nobody has demanded.
+    """
+
+    @property
+    def ahead(self) -> AheadLine: ...
 
     @property
     def bytes_read(self) -> int:
@@ -39,6 +46,9 @@ class ExpertSource(Protocol):
 
     def start(self, key: ExpertKey, blob: Blob, load: Load) -> None:
         """Start to read `key` into `blob`. If it raises, nothing writes to `blob` any more."""
+
+    def ahead_read(self, key: ExpertKey, blob: Blob, load: Load) -> AheadRead:
+        """A read for the line `ahead`, which does nothing before it is put there."""
 
     def set_watch(self, watch: ReadWatch | None) -> None:
         """Tell `watch` of every read, from now on."""
@@ -55,6 +65,10 @@ class DiskSource:
         self._reader = reader
 
     @property
+    def ahead(self) -> AheadLine:
+        return self._reader.ahead
+
+    @property
     def bytes_read(self) -> int:
         return self._reader.bytes_read
 
@@ -64,6 +78,11 @@ class DiskSource:
     def start(self, key: ExpertKey, blob: Blob, load: Load) -> None:
         assert isinstance(load, ExpertLoad)
         self._reader.submit(self._tensor_map.extents(key), self._tensor_map.layout(key), blob, load)
+
+    def ahead_read(self, key: ExpertKey, blob: Blob, load: Load) -> AheadRead:
+        assert isinstance(load, ExpertLoad)
+        extents, layout = self._tensor_map.extents(key), self._tensor_map.layout(key)
+        return self._reader.ahead_read(extents, layout, blob, load)
 
     def set_watch(self, watch: ReadWatch | None) -> None:
         self._reader.watch = watch

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from moe_runtime.cache.cache import ExpertCache
 from moe_runtime.cache.scan import ScanPolicy
-from moe_runtime.engine import AheadPlan
 from moe_runtime.expert import ExpertKey
+from moe_runtime.scheduling.prefetch import AheadPlan
 
 # Of a layer's experts: what is on its way takes slots from what could stay.
 _SHARE_AHEAD = 0.25

@@ -111,7 +111,7 @@ class ReadRate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BesideCompute:
-    """What is left of the disk's rate, one read at a time, and of computing when both are busy."""
+    """What is left of the disk's rate to one read at a time, and of computing, when both go on."""
 
     read_share: PartialShare
     compute_share: PartialShare

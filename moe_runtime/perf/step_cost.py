@@ -21,13 +21,20 @@ class StepCost:
     expert_seconds: float  # of computing with one expert
     read_seconds: float  # of one expert from disk
     copy_seconds: float  # of one expert over the link to the GPU
+    outer_seconds: float = 0.0  # of a step, before its first layer and after its last
+    piece_seconds: float = 0.0  # of a read ahead of need, that a demand finds under way; 0: none
     # Of their speeds, what compute and a read ahead of need keep while both are at work.
     compute_share: float = 1.0
     read_share: float = 1.0
 
     @classmethod
-    def of(cls, hardware: Hardware, *, expert_bytes: int, dense_bytes: int) -> Self:
-        """For experts of `expert_bytes` and layers of `dense_bytes` beside; raises ConfigError."""
+    def of(
+        cls, hardware: Hardware, *, expert_bytes: int, dense_bytes: int, piece_bytes: int = 0
+    ) -> Self:
+        """For experts of `expert_bytes` and layers of `dense_bytes` beside; raises ConfigError.
+
+        Reads ahead of need go by pieces of `piece_bytes`.
+        """
         if hardware.disk is None:
             raise ConfigError(
                 "the hardware file has no disk, and experts are read from one; measure it with "
@@ -47,6 +54,7 @@ class StepCost:
             dense_seconds=_seconds(dense_bytes, weights_gbps),
             expert_seconds=_seconds(expert_bytes, weights_gbps),
             read_seconds=_seconds(expert_bytes, hardware.disk.best.gbps),
+            piece_seconds=_seconds(min(piece_bytes, expert_bytes), hardware.disk.best.gbps),
             copy_seconds=0.0 if link_gbps is None else _seconds(expert_bytes, link_gbps),
             compute_share=1.0 if beside is None else beside.compute_share,
             read_share=1.0 if beside is None else beside.read_share,

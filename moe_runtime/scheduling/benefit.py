@@ -26,7 +26,7 @@ _TRIAL_FORWARDS = 8
 _UNCOUNTED = 2  # of a trial: what runs first runs slowly
 _COMPARED = _TRIAL_FORWARDS  # of each kind, before a difference of compute is believed
 _FIRST_PAUSE, _LONGEST_PAUSE = 64, 1024  # forwards until the next trial; doubled each time
-_RATE = 1 / 8
+MEAN_RATE = 1 / 8
 _COST_RATE = 1 / 32  # of what changes little, and where one slow forward must not decide
 
 
@@ -122,20 +122,20 @@ class BenefitGate:
             return
         means = self._means
         means.add(_COST_RATE, step=facts.seconds)
-        means.add(_RATE, visits=facts.num_visits, idle=facts.idle_seconds)
+        means.add(MEAN_RATE, visits=facts.num_visits, idle=facts.idle_seconds)
         if facts.read_seconds is not None:
-            means.add(_RATE, read=facts.read_seconds)
+            means.add(MEAN_RATE, read=facts.read_seconds)
         busy = facts.seconds - facts.stall_seconds - facts.predictor_seconds
         if self._mode is Mode.ON:
             means.add(_COST_RATE, busy_beside_reads=busy)
         else:
-            means.add(_RATE, stall=facts.stall_seconds)
+            means.add(MEAN_RATE, stall=facts.stall_seconds)
             means.add(_COST_RATE, busy=busy)
         if self._mode is not Mode.OFF:
             counts = facts.counts
             means.add(_COST_RATE, predictor=facts.predictor_seconds)
             means.add(
-                _RATE,
+                MEAN_RATE,
                 hidden=counts.hidden,
                 wasted=counts.wasted,
                 regrets=counts.regrets,

@@ -52,6 +52,10 @@ class MissPlanner:
         self._choose(copying.seconds, best.seconds)
         return best if self._is_mixed else copying
 
+    def stall_seconds(self, plan: MissPlan, tokens: Sequence[int]) -> float:
+        """By how much `plan` ends later than with all experts, of so many `tokens`, held."""
+        return max(0.0, plan.seconds - sum(map(self.costs.device.seconds, tokens)))
+
     def observe(self, plan: MissPlan, seconds: float) -> None:
         """A layer with `plan` took `seconds`."""
         if plan.seconds > 0:

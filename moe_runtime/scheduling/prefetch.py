@@ -4,18 +4,19 @@ L MoE layers, E experts a layer. Numbers and keys only: the same rules serve run
 """
 
 import math
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from moe_runtime.cache.cache import ExpertCache
+from moe_runtime.cache.cache import ExpertCache, Read
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.cache.predictions import LEAST_PREFETCHED, Predictions
 from moe_runtime.expert import ExpertKey
 
-_MANY_READS = 2**31  # where reads take no time
+_MANY_READS = 2**31  # where reads take next to no time
 
 
 @runtime_checkable
@@ -97,12 +98,36 @@ class Forecaster:
 
 
 def reads_that_fit(idle_seconds: float, read_seconds: float) -> int:
-    """Reads that begin while the disk would be idle; the last one may end after that."""
+    """Reads that begin while the disk would be idle; the last one may end after that.
+
+    One where nothing is known of reads: `read_seconds` is 0.
+    """
+    if read_seconds <= 0.0:
+        return 1
     if idle_seconds <= 0.0:
         return 0
     if idle_seconds >= _MANY_READS * read_seconds:
         return _MANY_READS
     return math.ceil(idle_seconds / read_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class AheadPlan:
+    """Absent experts to read ahead, the most wanted first, and at most how many of them.
+
+    Where the cache is full, one takes the slot of a victim that `is_worth(key, victim)` gives up.
+    """
+
+    keys: Sequence[ExpertKey]
+    most: int
+    is_worth: Callable[[ExpertKey, ExpertKey], bool]
+
+
+class AheadPlanner(Protocol):
+    """Says what to read while nothing that is demanded waits to be read."""
+
+    def plan(self, num_in_line: int) -> AheadPlan | None:
+        """After a layer's demand is known, or after it ran."""
 
 
 @dataclass(slots=True)
@@ -118,7 +143,7 @@ class PrefetchCounts:
     cancelled: int = 0
     hidden: float = 0.0
     wasted: float = 0.0
-    regrets: int = 0
+    regrets: float = 0
 
     def since(self, other: "PrefetchCounts") -> "PrefetchCounts":
         """What was added after `other`."""
@@ -205,3 +230,24 @@ class PrefetchLedger:
         self._unused.clear()
         self._foretold.clear()
         self._displaced.clear()
+
+
+def begin_ahead(
+    plan: AheadPlan,
+    cache: ExpertCache,
+    ledger: PrefetchLedger,
+    running: AbstractSet[ExpertKey],
+) -> Iterator[tuple[ExpertKey, Read]]:
+    """The reads that `plan` comes to, each decided when it is asked for.
+
+    Of `running`, what the layer that runs demanded, nothing makes room and nothing is read: what
+    the cache's plan gave up of it may still be in use in its old slot. Nor does anything make room
+    that was read ahead for a visit still to come.
+    """
+    keys = [key for key in plan.keys if key not in running]
+    for key in keys[: max(0, plan.most)]:
+        read = cache.prefetch(key, running | ledger.awaited, plan.is_worth)
+        if read is None:
+            return
+        ledger.start(key, read[1])
+        yield key, read

@@ -8,7 +8,14 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.cache.predictions import Predictions
 from moe_runtime.expert import ExpertKey
 from moe_runtime.perf.step_cost import StepCost
-from moe_runtime.scheduling.prefetch import Forecaster, PrefetchLedger, reads_that_fit
+from moe_runtime.scheduling.benefit import MEAN_RATE, Means
+from moe_runtime.scheduling.prefetch import (
+    AheadPlan,
+    Forecaster,
+    PrefetchLedger,
+    begin_ahead,
+    reads_that_fit,
+)
 
 Busy = tuple[float, float]  # from when to when, in seconds
 
@@ -76,75 +83,91 @@ def play(
     A layer's misses are known when its dense part is done, and are read one after another, copies
     following reads. With `is_prefetching` the disk, while no demand waits, reads what the policy
     wants, or for a policy without an opinion what `advice` foretells: in the order, in the place
-    and with the corrections that the runtime has from the same code. A demand stops such a read at
-    once, where in the runtime it waits for the piece under way. Lanes that are given are filled.
+    and with the corrections that the runtime has from the same code. A demand waits for
+    the piece that is read ahead just then. Lanes that are given are filled.
     """
-    run = _Run(policy, num_slots, cost, lanes)
+    run = Playback(policy, num_slots, cost, lanes)
     told = None if advice is None else iter(advice)
-    last_layer: int | None = None
-    num_steps = 0
     for keys in visits:
-        num_steps += last_layer is None or keys[0].layer <= last_layer
-        last_layer = keys[0].layer
-        if told is not None:
-            run.forecaster.advise(next(told), last_layer)
-        run.visit(keys)
-        if is_prefetching:
-            run.prefetch(keys)
-    return run.result(num_steps)
+        run.visit(keys, None if told is None else next(told), is_prefetching=is_prefetching)
+    return run.result()
 
 
-class _Run:
+class ReadPace:
+    """How many reads ahead fit between two demands: by means over forwards, as in the runtime."""
+
+    def __init__(self) -> None:
+        self._means = Means()
+        self._visits = self._fetched = 0
+        self._idle_seconds = self._fetch_seconds = 0.0
+
+    @property
+    def reads_that_fit(self) -> int:
+        idle_seconds = self._means["idle"] / max(1.0, self._means["visits"])
+        return reads_that_fit(idle_seconds, self._means["read"])
+
+    def add(self, idle_seconds: float, num_read: int, fetch_seconds: float) -> None:
+        """A layer demanded `num_read` absent experts, which all came in `fetch_seconds`."""
+        self._visits += 1
+        self._idle_seconds += idle_seconds
+        if num_read:
+            self._fetched += num_read
+            self._fetch_seconds += fetch_seconds
+
+    def end_forward(self) -> None:
+        """Learn from the visits since the last end."""
+        if self._visits:
+            self._means.add(MEAN_RATE, visits=self._visits, idle=self._idle_seconds)
+        if self._fetched:
+            self._means.add(MEAN_RATE, read=self._fetch_seconds / self._fetched)
+        self._visits = self._fetched = 0
+        self._idle_seconds = self._fetch_seconds = 0.0
+
+
+class Playback:
     """Three lanes, each free from a time on, and the cache whose misses they serve."""
 
     def __init__(
-        self, policy: EvictionPolicy, num_slots: int, cost: StepCost, lanes: Lanes | None
+        self, policy: EvictionPolicy, num_slots: int, cost: StepCost, lanes: Lanes | None = None
     ) -> None:
         self.cache = ExpertCache(num_slots, policy)
         self.forecaster = Forecaster(self.cache)
         self.ledger = PrefetchLedger()
         self.cost = cost
         self.lanes = lanes
-        self.routed = 0.0  # when the layer that runs asked for its experts
+        self.num_steps = 0
+        self.last_layer: int | None = None
+        self.pace = ReadPace()
+        self.routed = self.met = 0.0  # when the layer that runs asked for its experts, and had them
+        self.idle_since = 0.0
         self.compute_free = self.copy_free = self.disk_free = 0.0
         self.compute_seconds = self.disk_seconds = self.copy_seconds = 0.0
         self.arrival: dict[ExpertKey, float] = {}  # of resident keys that may be on their way
         self.line: dict[ExpertKey, float] = {}  # read ahead of need: seconds that are left of each
 
-    def visit(self, keys: Sequence[ExpertKey]) -> None:
-        self._compute(self.compute_free, self.cost.dense_seconds)
-        self._read_line()
-        self.routed = self.compute_free
-        self._correct(keys)
-        held, reads = self.cache.decide(keys)
-        for key, slot in zip(keys, held, strict=True):
-            if slot is not None and key in self.line:  # on its way already: first to arrive
-                self._fetch(key, self.routed, self.line.pop(key))
-        for _, evicted in reads:
-            self._evict(evicted)
-        for key, slot in zip(keys, held, strict=True):
-            if slot is None:
-                self._fetch(key, self.routed, self.cost.read_seconds)
-        arrivals = sorted(self.arrival.pop(key, 0.0) for key in keys)
-        for arrived in arrivals:
-            self._compute(max(self.compute_free, arrived), self.cost.expert_seconds)
+    def visit(
+        self, keys: Sequence[ExpertKey], told: Predictions | None = None, *, is_prefetching: bool
+    ) -> None:
+        """One layer that demands `keys`, with what is `told` of later ones, as `play` says."""
+        layer = keys[0].layer
+        if self.last_layer is None or layer <= self.last_layer:
+            self.num_steps += 1
+            self.pace.end_forward()
+            if self.cost.outer_seconds:
+                self._compute(self.compute_free, self.cost.outer_seconds)
+                self._read_line()
+            self.idle_since = self.compute_free
+        self.last_layer = layer
+        if told is not None:
+            self.forecaster.advise(told, layer)
+        num_read = self._demand(keys)
+        if is_prefetching:
+            self.pace.add(self.routed - self.idle_since, num_read, self.met - self.routed)
+            self._prefetch(keys)
+        self.idle_since = self.met
 
-    def prefetch(self, keys: Sequence[ExpertKey]) -> None:
-        """Until the next layer has routed, behind what this layer demanded."""
-        routed_next = self.compute_free + self.cost.dense_seconds
-        idle_seconds = routed_next - max(self.disk_free, self.routed)
-        most = reads_that_fit(idle_seconds, self.cost.read_seconds) - len(self.line)
-        pinned = set(keys)
-        wanted = [key for key in self.forecaster.wanted() if key not in pinned]
-        for key in wanted[: max(0, most)]:
-            read = self.cache.prefetch(key, pinned | self.ledger.awaited, self.forecaster.is_worth)
-            if read is None:
-                break
-            self._evict(read[1])
-            self.ledger.start(key, read[1])
-            self.line[key] = self.cost.read_seconds
-
-    def result(self, num_steps: int) -> Timeline:
+    def result(self) -> Timeline:
+        """All visits so far."""
         counts = self.cache.counts.values()
         ahead = self.ledger.counts
         return Timeline(
@@ -156,8 +179,43 @@ class _Run:
             misses=sum(count.misses for count in counts),
             prefetches=ahead.started - ahead.cancelled,
             wasted=ahead.wasted + self.ledger.num_unused,
-            num_steps=num_steps,
+            num_steps=self.num_steps,
         )
+
+    def _demand(self, keys: Sequence[ExpertKey]) -> int:
+        """How many of `keys` are read."""
+        self._compute(self.compute_free, self.cost.dense_seconds)
+        self._read_line()
+        self.routed = self.met = self.compute_free
+        self._end_piece()
+        self._correct(keys)
+        held, reads = self.cache.decide(keys)
+        for key, slot in zip(keys, held, strict=True):
+            if slot is not None and key in self.line:  # on its way already: first to arrive
+                self._fetch(key, self.routed, self.line.pop(key))
+        for _, evicted in reads:
+            self._evict(evicted)
+        for key, slot in zip(keys, held, strict=True):
+            if slot is None:
+                self._fetch(key, self.routed, self.cost.read_seconds)
+        arrivals = sorted(self.arrival.pop(key, 0.0) for key in keys)
+        self.met = max(self.met, arrivals[-1])
+        for arrived in arrivals:
+            self._compute(max(self.compute_free, arrived), self.cost.expert_seconds)
+        return len(reads)
+
+    def _prefetch(self, keys: Sequence[ExpertKey]) -> None:
+        """Once the layer's demand is known, and once more when it has run."""
+        self._plan(keys)
+        self._read_line()
+        self._plan(keys)
+
+    def _plan(self, keys: Sequence[ExpertKey]) -> None:
+        most = self.pace.reads_that_fit - len(self.line)
+        plan = AheadPlan(self.forecaster.wanted(), most, self.forecaster.is_worth)
+        for key, (_, evicted) in begin_ahead(plan, self.cache, self.ledger, set(keys)):
+            self._evict(evicted)
+            self.line[key] = self.cost.read_seconds
 
     def _correct(self, keys: Sequence[ExpertKey]) -> None:
         for key in self.ledger.visit(keys, self.cache, self._share_read):
@@ -203,6 +261,19 @@ class _Run:
             if is_cut:
                 self.line[key] = max(0.0, left - lasts * read_share)
                 return
+            del self.line[key]
+            self._copy(key)
+
+    def _end_piece(self) -> None:
+        """A layer has routed: what is under way of the first in line is read to its end."""
+        if not self.line or not self.cost.piece_seconds:
+            return
+        key, left = next(iter(self.line.items()))
+        rest = min(left, -(self.cost.read_seconds - left) % self.cost.piece_seconds)
+        if rest:
+            self._read(max(self.disk_free, self.routed), rest)
+            self.line[key] = left - rest
+        if not self.line[key]:
             del self.line[key]
             self._copy(key)
 

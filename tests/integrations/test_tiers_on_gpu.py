@@ -15,6 +15,7 @@ from moe_runtime.memory.pinned_memory import PinnedMemory
 from moe_runtime.memory.pinned_slots import PinnedSlots
 from moe_runtime.scheduling.miss_plan import MissWay
 from moe_runtime.scheduling.miss_planner import MissPlanner
+from moe_runtime.scheduling.prefetch import AheadPlan
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from tests.fake_streams import FakeMachine, FakeSource
@@ -52,7 +53,7 @@ def test_schedules(way: MissWay, share: float) -> None:
         layers, maths = TieredLayers(engine), world.grouped_maths(torch.cuda.get_device_name())
         for _ in range(20):
             forward = world.forward()
-            engine.prefetch([world.random_key()])
+            engine.ahead.read_ahead(AheadPlan([world.random_key()], 1, lambda key, victim: True))
             found = layers.run(
                 forward.layer,
                 maths[forward.layer],

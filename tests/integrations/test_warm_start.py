@@ -38,7 +38,7 @@ def state_of(folder: Path, state: Path, **arguments: Any) -> Path:
     model = load(folder, state, **arguments)
     run(model)
     moe_runtime.handle(model).close()
-    (file,) = state.iterdir()
+    (file,) = state.glob("*.npz")
     return file
 
 
@@ -181,7 +181,7 @@ def test_the_file_is_whole_or_not_there(
     with caplog.at_level(logging.WARNING, "moe_runtime"):
         moe_runtime.handle(model).close()
     assert "is not written (No space left on device)" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".json"] == [file.name]
     assert file.read_bytes() == before
 
 
@@ -204,4 +204,6 @@ def test_the_users_cache_is_where_it_is_asked_to_be(
     from moe_runtime import warm_start
 
     assert warm_start.default_folder() == tmp_path / "moe_runtime"
-    assert warm_start.state_file(None, "ab") == tmp_path / "moe_runtime" / "ab.npz"
+    assert warm_start.state_folder(True) == tmp_path / "moe_runtime"
+    assert warm_start.state_folder(False) is None
+    assert warm_start.state_folder("here") == Path("here")

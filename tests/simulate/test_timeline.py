@@ -16,7 +16,7 @@ from moe_runtime.predictors.predictor import ModelFacts
 from moe_runtime.simulate.accesses import Accesses
 from moe_runtime.simulate.advice import advice
 from moe_runtime.simulate.replay import replay_all
-from moe_runtime.simulate.timeline import Lanes, play
+from moe_runtime.simulate.timeline import Lanes, ReadPace, play
 from moe_runtime.simulate.timelines import play_all
 from moe_runtime.trace import Trace
 from tests.simulate.oracle import Oracle
@@ -173,12 +173,12 @@ def test_worked_example() -> None:
 @pytest.mark.parametrize(
     ("read_seconds", "disk", "total"),
     [
-        # Dense 0-4; a is read 4-6, computed 6-7. b is read from 6 on at half speed, so to 10; of
-        # the dense part's 5 seconds from there on it costs 2: to 13, and b computes to 14.
-        (2.0, [(4.0, 6.0), (6.0, 10.0)], 14.0),
-        # a is read 4-10, computed to 11. The dense part would end at 15 and takes to 20 beside the
+        # Dense 0-4; a is read 4-6, to be computed by 7. b is read from 6 on at half speed, so a is
+        # computed by 8, b read by 10; the dense part's 4 seconds take to 13, and b computes to 14.
+        (2.0, [(4.0, 6.0), (6.0, 8.0), (8.0, 10.0)], 14.0),
+        # a is read 4-10, computed by 12. The dense part would end at 16 and takes to 20 beside the
         # read, of which 5 are done then: the last one is waited for.
-        (6.0, [(4.0, 10.0), (10.0, 20.0), (20.0, 21.0)], 22.0),
+        (6.0, [(4.0, 10.0), (10.0, 12.0), (12.0, 20.0), (20.0, 21.0)], 22.0),
     ],
 )
 def test_worked_example_of_a_read_beside_compute(
@@ -209,6 +209,65 @@ def test_worked_example_of_a_read_beside_compute(
     assert found.hits == 1
     for lane in (lanes.compute, lanes.disk):
         assert all(end <= start for (_, end), (start, _) in pairwise(lane))
+
+
+def test_worked_example_of_a_piece_under_way() -> None:
+    """Law: a demand waits for the piece of the read ahead that it finds under way, and no more."""
+    cost = StepCost(
+        dense_seconds=4.0,
+        expert_seconds=1.0,
+        read_seconds=6.0,
+        copy_seconds=0.0,
+        outer_seconds=3.0,
+        piece_seconds=2.0,
+    )
+    a, b, c = (ExpertKey(layer, 0) for layer in range(3))
+    lanes = Lanes()
+    found = play(
+        [[a], [b]],
+        LRUPolicy(),
+        3,
+        cost,
+        advice=[Predictions.of({c: 1.0}, (3, 1))] * 2,
+        is_prefetching=True,
+        lanes=lanes,
+    )
+    # Outside 0-3, dense 3-7; a is read 7-13, computed 13-14, dense 14-18. c is read from 13 on, and
+    # 5 of its 6 seconds are done then: its third piece ends at 19, and b is read 19-25.
+    assert lanes.disk == [(7.0, 13.0), (13.0, 14.0), (14.0, 18.0), (18.0, 19.0), (19.0, 25.0)]
+    assert found.seconds == 26.0
+    assert found.compute_seconds == 13.0
+
+
+def test_reads_ahead_go_on_outside_the_layers() -> None:
+    """Law: what follows a step's last layer is compute, beside which what was planned is read."""
+    cost = StepCost(dense_seconds=1.0, expert_seconds=1.0, read_seconds=6.0, copy_seconds=0.0)
+    a, b = ExpertKey(0, 0), ExpertKey(0, 1)
+    stalls = []
+    for outer_seconds in (0.0, 10.0):
+        found = play(
+            [[a], [b]],
+            LRUPolicy(),
+            2,
+            replace(cost, outer_seconds=outer_seconds),
+            advice=[Predictions.of({b: 1.0}, (1, 2))] * 2,
+            is_prefetching=True,
+        )
+        assert found.compute_seconds == 4.0 + 2 * outer_seconds
+        stalls.append(found.stall_seconds)
+    # a is waited for 6 seconds; of b's 6 all but 2 are waited for, or none.
+    assert stalls == [10.0, 6.0]
+
+
+def test_how_much_is_read_ahead_follows_from_earlier_forwards() -> None:
+    """Law: before one has ended a read at a time is begun; later as many as fit idle times."""
+    pace = ReadPace()
+    assert pace.reads_that_fit == 1
+    pace.add(idle_seconds=5.0, num_read=2, fetch_seconds=4.0)
+    pace.add(idle_seconds=4.0, num_read=0, fetch_seconds=0.0)
+    assert pace.reads_that_fit == 1
+    pace.end_forward()
+    assert pace.reads_that_fit == 3  # reads of 2 seconds, idle for 4.5
 
 
 @given(

@@ -33,19 +33,21 @@ AUTO, OFF = "auto", "off"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, and how its routing looks."""
+    """Where a model came from, and how its routing looks; `memory` is where digests are kept."""
 
     folder: Path
+    memory: Path | None
     num_layers: int
     num_experts: int
     top_k: int
     is_packed: bool
 
     @classmethod
-    def of(cls, folder: Path, handle: Handle) -> "Origin":
+    def of(cls, folder: Path, handle: Handle, memory: Path | None) -> "Origin":
         sites = handle.sites
         return cls(
             folder=folder,
+            memory=memory,
             num_layers=len(sites),
             num_experts=max(site.num_experts for site in sites),
             top_k=max(site.top_k for site in sites),
@@ -54,7 +56,7 @@ class Origin:
 
     @cached_property
     def digest(self) -> str:
-        return checkpoint_digest(self.folder)
+        return checkpoint_digest(self.folder, self.memory)
 
     def fingerprint(self, *, with_digest: bool) -> Fingerprint:
         """What a predictor has to fit. A packed checkpoint has other bytes than its original."""
@@ -92,12 +94,6 @@ def foresee(model: nn.Module, handle: Handle, predictor: str | Path, origin: Ori
     text = str(predictor)
     if text == OFF:
         return
-    if not isinstance(handle.engine, ExpertEngine):
-        why = "experts are computed on a GPU, where nothing is read ahead yet"
-        if text != AUTO:
-            raise PredictorError(f"predictor {text} has no effect: {why}; use {OFF} or {AUTO}")
-        handle.foresee_nothing(why)
-        return
     if text == AUTO and handle.budget.holds_all:
         handle.foresee_nothing("all experts fit in memory")
         return
@@ -108,8 +104,15 @@ def foresee(model: nn.Module, handle: Handle, predictor: str | Path, origin: Ori
             raise PredictorError(f"predictor {text} cannot be used: {error}") from error
         handle.foresee_nothing(str(error))
         return
-    piece_share = min(1.0, CHUNK_BYTES / handle.budget.slot_bytes)
-    attach(model, handle, Foresight(handle.engine, foreteller, BenefitGate(piece_share)))
+    gate = BenefitGate(piece_share(handle))
+    attach(model, handle, Foresight(handle.ahead, foreteller, gate))
+
+
+def piece_share(handle: Handle) -> float:
+    """Of an expert, how much may be on its way that nobody demanded, when a demand comes."""
+    if not isinstance(handle.engine, ExpertEngine):
+        return 1.0  # a copy to the device is queued whole
+    return min(1.0, CHUNK_BYTES / handle.budget.slot_bytes)
 
 
 def attach(model: nn.Module, handle: Handle, foresight: Foresight) -> None:
@@ -151,7 +154,7 @@ class _RouterHooks:
             self._hooks = []
 
 
-def start_warm(handle: Handle, folder: Path | None, origin: Origin) -> None:
+def start_warm(handle: Handle, folder: Path, origin: Origin) -> None:
     """Read first what was in slots when this checkpoint was closed last, and save it at close().
 
     Slots on a GPU start empty.

@@ -35,6 +35,7 @@ from moe_runtime.memory.quantised_map import QuantisedMap
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.migrate import Stored
 from moe_runtime.recording.run_recorder import NUM_SPANS, RunRecorder
+from moe_runtime.tiered_ahead import TieredAhead
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from moe_runtime.tiered_math import TieredMath
@@ -115,20 +116,28 @@ class Handle:
         return tuple(self._sites)
 
     @property
+    def ahead(self) -> ExpertEngine | TieredAhead:
+        """What brings experts closer before they are demanded."""
+        return self.engine if isinstance(self.engine, ExpertEngine) else self.engine.ahead
+
+    @property
     def foresight(self) -> Foresight | None:
         """What reads ahead of need, if anything may."""
         return self._foresight
 
     def foresee(self, foresight: Foresight, remove: Callable[[], object]) -> None:
         """Ask `foresight` what to read ahead, from now on; `remove` takes its hooks out."""
-        engine = self.engine
-        assert isinstance(engine, ExpertEngine), "nothing is read ahead for a GPU"
-        self._foresight = engine.planner = foresight
+        reader, tiers = self.ahead, self._tiers
+        self._foresight = reader.planner = foresight
+        if tiers is not None:
+            tiers.foresight = foresight
         for site in self._sites:
             site.module.__dict__["_foresight"] = foresight
 
         def undo() -> None:
-            self._foresight = engine.planner = None
+            self._foresight = reader.planner = None
+            if tiers is not None:
+                tiers.foresight = None
             for site in self._sites:
                 site.module.__dict__.pop("_foresight", None)
             remove()

@@ -47,6 +47,7 @@ from moe_runtime.parallel.world import own_device
 from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 from moe_runtime.tiered_math import TieredMath
+from moe_runtime.warm_start import state_folder
 
 logger = logging.getLogger("moe_runtime")
 
@@ -99,11 +100,12 @@ def load(
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
-    `predictor` says what a token will need, so that the disk reads it while layers compute: 'auto'
-    (the model's own routers, a layer or two ahead, where they are found), 'gate_lookahead' (the
-    same, or an error), a file of `moe-runtime predictor train`, or 'off'. It reads only while that
-    gains time, and changes no output. `warm_start` keeps what was hot at close() for the next
-    start: True in the user's cache folder, or a folder of your own; False to start empty.
+    `predictor` says what a token will need, so that the disk reads it while layers compute, and on
+    a GPU the link brings it: 'auto' (the model's own routers, a layer or two ahead, where they are
+    found), 'gate_lookahead' (the same, or an error), a file of `moe-runtime predictor train`, or
+    'off'. It reads only while that gains time, and changes no output. `warm_start` keeps what was
+    hot at close() for the next start: True in the user's cache folder, or a folder of your own;
+    False to start empty.
     `device_map` is one device: the first GPU if there is one, else the CPU. On a GPU
     `expert_memory` is its memory, and `host_memory`, written alike, pinned host memory behind it:
     'auto' is all experts if they fit, else what fits. `miss` says what happens to an expert that
@@ -225,13 +227,14 @@ def load(
     try:
         if linears:
             speed_up_linears(result)
-        origin = Origin.of(resolved.folder, handle)
+        # What another run had in its cache may be another rank's.
+        state = state_folder(warm_start) if ranks is None else None
+        origin = Origin.of(resolved.folder, handle, state)
         foresee(result, handle, predictor, origin)
         if ranks is not None:
             step_layers(result, handle, ranks)
-        # What another run had in its cache may be another rank's.
-        if warm_start and ranks is None:
-            start_warm(handle, None if warm_start is True else Path(warm_start), origin)
+        if state is not None:
+            start_warm(handle, state, origin)
     except BaseException:
         handle.close()
         raise

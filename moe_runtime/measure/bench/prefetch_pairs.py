@@ -8,11 +8,11 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,30 +21,26 @@ from transformers import DynamicCache, PreTrainedModel
 from moe_runtime.engine import EngineTimes, ExpertEngine
 from moe_runtime.errors import PredictorError
 from moe_runtime.foresight import Foresight, Gate
-from moe_runtime.integrations.transformers.foresee import attach
+from moe_runtime.integrations.transformers.foresee import attach, piece_share
 from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.measure.bench.oracle import Oracle
+from moe_runtime.measure.bench.pairs_simulation import SimulatedBlocks, simulate_pairs
 from moe_runtime.measure.contention import Contention
 from moe_runtime.measure.probe.memory_rate import CpuMemoryRate, pool_bytes
 from moe_runtime.measure.random_read import RandomReads
 from moe_runtime.measure.replay_routing import RoutingReplay
-from moe_runtime.memory.disk import CHUNK_BYTES
-from moe_runtime.perf.hardware import BesideCompute
+from moe_runtime.memory.stream import Event
 from moe_runtime.perf.step_cost import StepCost
 from moe_runtime.predictors.live_gates import LiveGates
 from moe_runtime.predictors.predictor import Fingerprint, Foreteller
 from moe_runtime.predictors.store import load_predictor
 from moe_runtime.scheduling.benefit import BenefitGate, ForwardFacts
-from moe_runtime.simulate.accesses import Accesses
-from moe_runtime.simulate.advice import advice
-from moe_runtime.simulate.policy_maker import PolicyMaker
-from moe_runtime.simulate.timeline import Timeline, play
 from moe_runtime.trace import Trace
 
 ORACLE = "oracle"
-_CONTENTION_ROUNDS = 7
+_CONTENTION_ROUNDS = 8
 _UPPER = 1.645  # of a normal distribution: one side, 95 %
 
 
@@ -73,6 +69,7 @@ class Side:
     simulated_stall_milliseconds: float
     simulated_milliseconds: float
     hit_rate: float
+    simulated_hit_rate: float
     bytes_read: int
 
 
@@ -80,7 +77,8 @@ class Side:
 class Pairs:
     """`ratio` is time on / time off, the geometric mean over pairs; `upper` its 95 % bound.
 
-    `beside_compute` was measured before the pairs; the simulation knows it.
+    The simulation knows `cost`, of which what is left of disk and compute beside each other was
+    measured between the pairs, and all else in the blocks without prediction.
     """
 
     num_pairs: int
@@ -90,7 +88,7 @@ class Pairs:
     ratio: float
     upper: float
     simulated_ratio: float
-    beside_compute: BesideCompute
+    cost: StepCost
     prediction: dict[str, Any]
 
 
@@ -113,15 +111,17 @@ class _Contestant:
         engine = self.owner.engine
         assert isinstance(engine, ExpertEngine), "on the CPU"
         self._engine = engine
+        self._between = BetweenLayers()
+        engine.set_watch(self._between, None)
         self.replay = RoutingReplay(self.model, request.trace)
-        piece_share = min(1.0, CHUNK_BYTES / self.owner.budget.slot_bytes)
+        share = piece_share(self.owner)
         if not is_ours:
-            gate = BenefitGate(piece_share)
+            gate = BenefitGate(share)
             foresight = Foresight(self._engine, _foreteller(request, self), gate)
             attach(self.model, self.owner, foresight)
         if self.owner.foresight is None:
             raise PredictorError(self.owner.report()["prediction"]["why"])
-        inner = self.owner.foresight.gate if request.is_gated else OpenGate(piece_share)
+        inner = self.owner.foresight.gate if request.is_gated else OpenGate(share)
         self._switch = self.owner.foresight.gate = SwitchGate(inner)
         self._cache = DynamicCache(config=self.model.config)
         self._vocab = int(self.model.config.get_text_config().vocab_size)
@@ -132,14 +132,14 @@ class _Contestant:
         """Decode rows from `first` on, with prediction or without; returns what they took."""
         ids = _token_ids(self._trace, first, count, self._vocab)
         self._switch.is_open = is_on
-        before = _Counted.of(self._engine)
+        before = _Counted.of(self._engine, self._between)
         started = time.perf_counter()
         for token in ids:
             self.model(
                 input_ids=torch.tensor([[token]]), past_key_values=self._cache, use_cache=True
             )
         seconds = time.perf_counter() - started
-        found = _Counted.of(self._engine)
+        found = _Counted.of(self._engine, self._between)
         found.add(before, -1)
         found.seconds = seconds
         return found
@@ -151,8 +151,8 @@ def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pai
     A pair is two blocks, of which each instance decodes one with prediction and one without: no two
     of them are equally fast (where their memory lies decides), and here that cancels.
     """
-    beside = _contention(Path(request.model))
     with ExitStack() as stack:
+        contention = _contention(Path(request.model), stack)
         sides = []
         for _ in range(2):
             side = _Contestant(request)
@@ -167,6 +167,8 @@ def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pai
         logs = []
         for pair in range(request.num_pairs):
             on_pair(pair, request.num_pairs)
+            if pair % max(1, request.num_pairs // _CONTENTION_ROUNDS) == 0:
+                contention.sample()  # in between: a disk's rate drifts
             log = 0.0
             for block in range(2):
                 first = request.warm_tokens + (2 * pair + block) * request.block_tokens
@@ -178,18 +180,31 @@ def run_pairs(request: PairsRequest, on_pair: Callable[[int, int], None]) -> Pai
             logs.append(log / 2)
         prediction = sides[0].owner.report()["prediction"]
         num_tokens = 2 * request.num_pairs * request.block_tokens
-        simulated = _simulate(request, sides[0], totals[False], num_tokens, beside)
+        owner = sides[0].owner
+        expert_bytes = owner.budget.slot_bytes
+        cost = _cost(totals[False], num_tokens, contention, expert_bytes, piece_share(owner))
+        simulated = simulate_pairs(
+            request.trace,
+            sides[0].owner.foresight,
+            cost,
+            policy=request.policy,
+            num_layers=len(sides[0].owner.sites),
+            num_slots=sides[0].owner.budget.num_slots,
+            warm_tokens=request.warm_tokens,
+            block_tokens=request.block_tokens,
+            num_pairs=request.num_pairs,
+        )
     mean = statistics.fmean(logs)
     error = statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
     return Pairs(
         num_pairs=request.num_pairs,
         num_tokens=num_tokens,
-        off=_side(totals[False], num_tokens, simulated[0]),
-        on=_side(totals[True], num_tokens, simulated[1]),
+        off=_side(totals[False], num_tokens, simulated[False]),
+        on=_side(totals[True], num_tokens, simulated[True]),
         ratio=math.exp(mean),
         upper=math.exp(mean + _UPPER * error),
-        simulated_ratio=simulated[1].seconds / simulated[0].seconds,
-        beside_compute=beside,
+        simulated_ratio=simulated[True].seconds / simulated[False].seconds,
+        cost=cost,
         prediction=prediction,
     )
 
@@ -240,21 +255,49 @@ class OpenGate(BenefitGate):
         return True
 
 
+class BetweenLayers:
+    """Hears from an engine how long it takes from one layer's end to the next one's demand."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.count = 0
+        self._last: tuple[int, float] | None = None
+
+    def planned(self, begin: float, end: float) -> None:
+        """Part of a layer."""
+
+    def waited(self, begin: float, end: float) -> None:
+        """Part of a layer."""
+
+    def visited(self, layer: int, experts: Collection[int], begin: float, end: float) -> None:
+        if self._last is not None and layer > self._last[0]:
+            self.seconds += begin - self._last[1]
+            self.count += 1
+        self._last = layer, end
+
+    def copied(self, start: Event, end: Event) -> None:
+        """Nothing is copied on the CPU."""
+
+
 @dataclass(slots=True)
 class _Counted:
     seconds: float = 0.0
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
+    between_seconds: float = 0.0  # from the end of a layer to the next one of the same forward
+    num_between: int = 0
     times: EngineTimes = field(default_factory=EngineTimes)
 
     @classmethod
-    def of(cls, engine: ExpertEngine) -> "_Counted":
+    def of(cls, engine: ExpertEngine, between: "BetweenLayers") -> "_Counted":
         counts = engine.cache.counts.values()
         return cls(
             hits=sum(count.hits for count in counts),
             misses=sum(count.misses for count in counts),
             bytes_read=engine.reader.bytes_read,
+            between_seconds=between.seconds,
+            num_between=between.count,
             times=engine.times.copy(),
         )
 
@@ -264,17 +307,20 @@ class _Counted:
         self.hits += sign * other.hits
         self.misses += sign * other.misses
         self.bytes_read += sign * other.bytes_read
+        self.between_seconds += sign * other.between_seconds
+        self.num_between += sign * other.num_between
         negative = EngineTimes().since(other.times)
         self.times = self.times.since(negative if sign > 0 else other.times)
 
 
-def _side(counted: _Counted, num_tokens: int, simulated: Timeline) -> Side:
+def _side(counted: _Counted, num_tokens: int, simulated: SimulatedBlocks) -> Side:
     return Side(
         milliseconds=1e3 * counted.seconds / num_tokens,
         stall_milliseconds=1e3 * counted.times.stall_seconds / num_tokens,
         simulated_stall_milliseconds=1e3 * simulated.stall_seconds / num_tokens,
         simulated_milliseconds=1e3 * simulated.seconds / num_tokens,
         hit_rate=counted.hits / (counted.hits + counted.misses),
+        simulated_hit_rate=simulated.hits / (simulated.hits + simulated.misses),
         bytes_read=counted.bytes_read,
     )
 
@@ -287,120 +333,37 @@ def _foreteller(request: PairsRequest, side: _Contestant) -> Foreteller:
     return load_predictor(Path(request.predictor), Fingerprint.of(request.trace))
 
 
-def _contention(folder: Path) -> BesideCompute:
-    files = sorted(folder.glob("*.safetensors"))
+def _contention(folder: Path, stack: ExitStack) -> Contention:
+    """Of computing and reads of this model's files, until `stack` ends."""
     threads = torch.get_num_threads()
-    with (
-        RandomReads(files) as reads,
-        CpuMemoryRate(num_threads=threads, num_bytes=pool_bytes(threads)) as memory,
-    ):
-        contention = Contention(memory.pool, reads)
-        for _ in range(_CONTENTION_ROUNDS):
-            contention.sample()
-    return contention.result()
+    reads = stack.enter_context(RandomReads(sorted(folder.glob("*.safetensors"))))
+    memory = stack.enter_context(CpuMemoryRate(num_threads=threads, num_bytes=pool_bytes(threads)))
+    return Contention(memory.pool, reads)
 
 
-def _simulate(
-    request: PairsRequest,
-    side: _Contestant,
-    counted: _Counted,
-    num_tokens: int,
-    beside: BesideCompute,
-) -> list[Timeline]:
-    """The counted rows on lanes, off and on, with what the blocks without prediction took.
+def _cost(
+    counted: "_Counted", num_tokens: int, contention: Contention, expert_bytes: int, piece: float
+) -> StepCost:
+    """What the blocks without prediction took, and `contention` what reads and compute lose.
 
-    What passed outside the experts' layers is dense, inside and not waiting it is the experts'.
+    What passed between two layers of experts is dense, inside and not waiting it is the experts';
+    the rest of a token is outside its layers. A disk that serves bursts is faster for a demand
+    after a pause than for reads without end: so a read ahead takes its own rate, not a share.
     """
     times = counted.times
-    cost = StepCost(
-        dense_seconds=(counted.seconds - times.inside_seconds) / times.visits,
+    dense_seconds = counted.between_seconds / max(1, counted.num_between)
+    outside_seconds = counted.seconds - times.inside_seconds - times.visits * dense_seconds
+    read_seconds = times.fetch_seconds / max(1, times.fetched)
+    return StepCost(
+        dense_seconds=dense_seconds,
+        outer_seconds=max(0.0, outside_seconds) / num_tokens,
         expert_seconds=(times.inside_seconds - times.stall_seconds)
         / (counted.hits + counted.misses),
-        read_seconds=times.fetch_seconds / max(1, times.fetched),
+        read_seconds=read_seconds,
         copy_seconds=0.0,
-        compute_share=beside.compute_share,
-        read_share=beside.read_share,
-    )
-    num_layers = len(side.owner.sites)
-    num_rows = request.warm_tokens + num_tokens
-    rows = np.arange(num_rows) % request.trace.num_tokens
-    trace = _rows(request.trace, rows, num_layers)
-    slots = side.owner.budget.num_slots
-    parts = [trace, _rows(request.trace, rows[: request.warm_tokens], num_layers)]
-    timelines = []
-    for is_on in (False, True):
-        played = []
-        for part in parts:
-            accesses_of = Accesses.of(part)
-            maker = PolicyMaker(
-                accesses_of,
-                policies=[request.policy],
-                slots=[slots],
-                policy_accesses=None,
-                queue=None,
-            )
-            told = _fresh(side.owner.foresight, part) if is_on else None
-            played.append(
-                play(
-                    accesses_of.visits(),
-                    maker.make(request.policy, slots),
-                    slots,
-                    cost,
-                    advice=None if told is None else advice(told, part),
-                    is_prefetching=told is not None,
-                )
-            )
-        timelines.append(_difference(*played))
-    return timelines
-
-
-def _fresh(foresight: Foresight | None, trace: Trace) -> Foreteller | None:
-    """The predictor before it ran, along `trace`; None where the trace lacks what it looks at."""
-    if foresight is None:
-        return None
-    predictor = foresight.predictor
-    if isinstance(predictor, Oracle):
-        return _RowByRow(predictor)
-    if "hidden" in predictor.needs and trace.hidden is None:
-        return None
-    if isinstance(predictor, LiveGates):
-        return LiveGates(predictor.fingerprint, predictor.gates)
-    return predictor
-
-
-class _RowByRow:
-    """An oracle that goes along a trace from its top."""
-
-    name: ClassVar[str] = Oracle.name
-    needs: ClassVar[frozenset[str]] = Oracle.needs
-
-    def __init__(self, oracle: Oracle) -> None:
-        self._oracle = oracle
-        self.fingerprint = oracle.fingerprint
-
-    def start(self) -> Any:
-        self._oracle.position = iter(range(2**62)).__next__
-        return self._oracle.start()
-
-
-def _rows(trace: Trace, rows: Any, num_layers: int) -> Trace:
-    fields: dict[str, Any] = {"topk": trace.topk[rows][:, :num_layers], "model": trace.model}
-    if trace.hidden is not None:
-        fields["hidden"] = trace.hidden[rows][:, :num_layers]
-    return Trace.of(fields, source="replayed rows", num_experts=trace.num_experts)
-
-
-def _difference(whole: Timeline, start: Timeline) -> Timeline:
-    return Timeline(
-        seconds=whole.seconds - start.seconds,
-        compute_seconds=whole.compute_seconds - start.compute_seconds,
-        disk_seconds=whole.disk_seconds - start.disk_seconds,
-        copy_seconds=whole.copy_seconds - start.copy_seconds,
-        hits=whole.hits - start.hits,
-        misses=whole.misses - start.misses,
-        prefetches=whole.prefetches - start.prefetches,
-        wasted=whole.wasted - start.wasted,
-        num_steps=whole.num_steps - start.num_steps,
+        piece_seconds=piece * read_seconds,
+        compute_share=contention.result().compute_share,
+        read_share=min(1.0, contention.read_gbps * 1e9 * read_seconds / expert_bytes),
     )
 
 

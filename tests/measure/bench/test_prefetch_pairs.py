@@ -37,12 +37,13 @@ def test_the_figures_of_pairs(tmp_path: Path, predictor: str) -> None:
     for side in (found.off, found.on):
         assert side.milliseconds > side.stall_milliseconds >= 0
         assert 0 <= side.hit_rate <= 1
+        assert 0 <= side.simulated_hit_rate <= 1
         assert side.bytes_read > 0
     assert found.prediction["predictor"] == predictor
     if predictor == "oracle":
         assert found.prediction["used"] > 0
         assert found.on.hit_rate > found.off.hit_rate
-        assert found.simulated_ratio <= 1.0
+        assert found.on.simulated_hit_rate > found.off.simulated_hit_rate
     assert set(asdict(found)) >= {"ratio", "upper", "prediction"}
 
 
