@@ -135,7 +135,7 @@ def parallel(
             model=loaded.model, num_ranks=world.num_ranks, num_nodes=nodes, **shape
         )
         for found in given.values():
-            check_placement(found, num_ranks=world.num_ranks, **shape)
+            check_placement(found, num_ranks=world.num_ranks, checkpoint=loaded.checkpoint, **shape)
         replay = Replay(
             topk=routing,
             num_experts=loaded.num_experts,

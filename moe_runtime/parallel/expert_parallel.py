@@ -6,7 +6,7 @@ G ranks, T tokens of this rank, K top-k, D model dim.
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +154,15 @@ class ExpertParallel:
                 "allreduce, hierarchical or auto to migrate"
             )
         wanted = placement if isinstance(placement, Placement) else Placement.load(placement)
+        checkpoint = self.plan.placement.checkpoint
         check_placement(
             wanted,
             num_experts=self.plan.num_experts,
             num_layers=len(self.plan.held),
             num_ranks=self.plan.num_ranks,
+            checkpoint=checkpoint,
         )
-        self._wanted = wanted
+        self._wanted = replace(wanted, checkpoint=checkpoint)
 
     def run(
         self,

@@ -92,7 +92,13 @@ class ExpertPlan:
 
 
 def linear_placement(
-    *, model: str, num_experts: int, num_layers: int, num_ranks: int, num_nodes: int = 1
+    *,
+    model: str,
+    num_experts: int,
+    num_layers: int,
+    num_ranks: int,
+    num_nodes: int = 1,
+    checkpoint: str = "",
 ) -> Placement:
     """Expert e on rank e // (E / G) in every layer. Raises PlacementError if E / G is not whole."""
     if num_experts % num_ranks:
@@ -108,14 +114,19 @@ def linear_placement(
         gpus=num_ranks,
         nodes=num_nodes,
         slots=np.tile(np.arange(num_experts), (num_layers, 1)),
+        checkpoint=checkpoint,
         made={"solver": "linear"},
     )
 
 
 def check_placement(
-    placement: Placement, *, num_experts: int, num_layers: int, num_ranks: int
+    placement: Placement, *, num_experts: int, num_layers: int, num_ranks: int, checkpoint: str
 ) -> None:
-    """Raise PlacementError unless the placement is for such a model on so many ranks."""
+    """Raise PlacementError unless the placement is for such a model on so many ranks.
+
+    `checkpoint` is the digest of the model's weights; where it or the placement's is "", unknown,
+    shapes alone decide.
+    """
     if placement.gpus != num_ranks:
         raise PlacementError(
             f"the placement is for {placement.gpus} GPUs and there are {num_ranks} ranks; start "
@@ -126,4 +137,10 @@ def check_placement(
             f"the placement, made for {placement.model or 'a model without name'}, has "
             f"{placement.num_layers} MoE layers of {placement.num_experts} experts, and this model "
             f"{num_layers} of {num_experts}; solve one from a trace of this model"
+        )
+    if "" not in (placement.checkpoint, checkpoint) and placement.checkpoint != checkpoint:
+        raise PlacementError(
+            f"the placement belongs to another model of the same shape: it was made for "
+            f"{placement.model or 'a model without name'}, checkpoint {placement.checkpoint}, and "
+            f"this is checkpoint {checkpoint}; solve one from a trace of this model"
         )

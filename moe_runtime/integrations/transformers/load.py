@@ -301,7 +301,7 @@ class _Plan:
         if self._ranks is not None:
             check_maths(found.sites, maths)
             settings = {"slots": self._expert_slots, "expert dtype": self._expert_dtype}
-            parallel = self._ranks.share(found, self._checkpoint, settings)
+            parallel = self._ranks.share(found, self._checkpoint.folder, settings)
             num_neighbours = self._ranks.world.num_neighbours
         tensor_map = found.tensor_map
         if not accelerated:

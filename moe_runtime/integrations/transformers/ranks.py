@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from moe_runtime.errors import ParallelError, UnsupportedModelError
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import Survey
 from moe_runtime.layer import LayerMath
-from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.parallel.degree import Degree, FittedDegree, FixedDegree
 from moe_runtime.parallel.expert_parallel import (
     ATTENTIONS,
@@ -110,6 +111,7 @@ class Ranks:
                 num_experts=placement.num_experts,
                 num_layers=placement.num_layers,
                 num_ranks=num_ranks,
+                checkpoint=placement.checkpoint,
             )
         world = World.join(mesh, device=device, timeout_seconds=timeout_seconds)
         return cls(
@@ -122,16 +124,17 @@ class Ranks:
             tables=tables,
         )
 
-    def share(
-        self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
-    ) -> ExpertParallel:
+    def share(self, found: Survey, folder: Path, settings: Mapping[str, object]) -> ExpertParallel:
         """This rank's part of the experts; compares every rank's model and `settings`; collective.
 
+        `folder` is that of the model's weights.
         Raises PlacementError, ParallelError and UnsupportedModelError, and leaves the others then.
         """
         try:
-            check_agreement(self.world.ledger, self._facts(found, checkpoint, settings))
-            plan = self._plan(found.sites)
+            digest = checkpoint_digest(folder)
+            check_agreement(self.world.ledger, self._facts(found, digest, settings))
+            # A packed checkpoint has other bytes than the one that a placement was made for.
+            plan = self._plan(found.sites, "" if found.tensor_map.is_packed else digest)
             return ExpertParallel(
                 self.world,
                 plan,
@@ -143,7 +146,7 @@ class Ranks:
             self.world.close(orderly=False)
             raise
 
-    def _plan(self, sites: list[ExpertSite]) -> ExpertPlan:
+    def _plan(self, sites: list[ExpertSite], checkpoint: str) -> ExpertPlan:
         sizes = sorted({site.num_experts for site in sites})
         if len(sizes) > 1:
             raise UnsupportedModelError(
@@ -157,11 +160,23 @@ class Ranks:
                 num_layers=len(sites),
                 num_ranks=world.num_ranks,
                 num_nodes=world.ledger.num_nodes,
+                checkpoint=checkpoint,
             )
         check_placement(
-            placement, num_experts=sizes[0], num_layers=len(sites), num_ranks=world.num_ranks
+            placement,
+            num_experts=sizes[0],
+            num_layers=len(sites),
+            num_ranks=world.num_ranks,
+            checkpoint=checkpoint,
         )
-        return ExpertPlan.of(placement, world.rank)
+        if world.rank == 0 and checkpoint and not placement.checkpoint:
+            warnings.warn(
+                "the placement does not say for which weights it was made, so it was compared with "
+                "the model by shape alone; solve one from a trace of this version's `moe-runtime "
+                "trace record` to have it checked",
+                stacklevel=2,
+            )
+        return ExpertPlan.of(replace(placement, checkpoint=checkpoint), world.rank)
 
     def _degree(self, plan: ExpertPlan, site: ExpertSite) -> Degree:
         if isinstance(self.pipeline, int):
@@ -176,10 +191,9 @@ class Ranks:
         )
 
     def _facts(
-        self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
+        self, found: Survey, checkpoint: str, settings: Mapping[str, object]
     ) -> dict[str, str]:
         config = json.dumps(found.model.config.to_dict(), sort_keys=True, default=str)
-        tensors = [(n, t.dtype, tuple(t.shape), t.offset) for n, t in sorted(checkpoint.items())]
         placement, tables = self.placement, self.tables
         slots = b"none" if placement is None else placement.slots.tobytes()
         nodes = 1 if placement is None else placement.nodes
@@ -188,7 +202,7 @@ class Ranks:
             "torch version": torch.__version__,
             "world size": started_ranks() or self.world.num_ranks,
             "model config": _digest(config.encode()),
-            "checkpoint": _digest(repr(tensors).encode()),
+            "checkpoint": checkpoint,
             "dtype": next(iter(found.dtypes.values())),
             "placement": _digest(slots + str(nodes).encode()),
             "dispatch": self.dispatch,
