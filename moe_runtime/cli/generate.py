@@ -205,7 +205,7 @@ def generate(
         from moe_runtime.cli.generate_parallel import generate_on_ranks_and_show
         from moe_runtime.cli.generation_view import generate_and_show
         from moe_runtime.measure.decoding import Decoding
-        from moe_runtime.measure.generation import GenerationRequest
+        from moe_runtime.measure.generation_request import GenerationRequest
         from moe_runtime.parallel.world import started_ranks
     request = GenerationRequest(
         model=model,

@@ -1,9 +1,10 @@
 """Prompts shared out among the ranks that run one model together."""
 
+import gc
 import hashlib
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -12,13 +13,23 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_runtime.errors import ParallelError
+from moe_runtime.errors import ParityError
 from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.progress import quiet_transformers
-from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.measure.completion import complete
-from moe_runtime.measure.decoding import Decoding
-from moe_runtime.measure.generation import GenerationRequest, Listener, load_requested
+from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
+from moe_runtime.measure.completion import Completion, complete
+from moe_runtime.measure.fast_parity import MIN_POSITIONS
+from moe_runtime.measure.forced import forced_logits
+from moe_runtime.measure.generation import Listener
+from moe_runtime.measure.generation_check import (
+    compare_with_unmodified,
+    greedy_in_float32,
+    needs_float32,
+    needs_forced_logits,
+)
+from moe_runtime.measure.generation_request import GenerationRequest, load_requested
+from moe_runtime.measure.parity import Parity
+from moe_runtime.measure.parity_evidence import ParityEvidence
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.process_reads import read_from_disk_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
@@ -35,12 +46,17 @@ _SAME_ON_ALL = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelGeneration:
-    """What all ranks made of a request; every rank has all of it."""
+    """What all ranks made of a request; every rank has all of it, and rank 0 the verdict.
+
+    `parity` is None where no check was asked for, one failed to run, or a stop came before.
+    """
 
     request: GenerationRequest
     by_rank: list[dict[str, Any]]  # results, report and resident memory of each rank
     num_prompts: int
     rank: int
+    parity: Parity | None
+    parity_error: ParityError | None
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -59,6 +75,13 @@ class ParallelGeneration:
         reasons = {result["finish_reason"] for result in self.results}
         return "terminated" in reasons or len(self.results) < self.num_prompts
 
+    def require_parity(self) -> None:
+        """Raise ParityError if a check was asked for and did not end well; on rank 0."""
+        if self.parity_error is not None:
+            raise self.parity_error
+        if self.parity is not None:
+            self.parity.require()
+
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
         request = asdict(self.request)
@@ -66,8 +89,10 @@ class ParallelGeneration:
         decoding = request.pop("decoding")
         first = self.by_rank[0]["report"]
         versions = {name: version(name) for name in ("torch", "transformers")}
+        check = {"parity": self.parity.as_dict() if self.parity else None}
         return {
             "results": self.results,
+            **(check if self.request.check else {}),
             "is_terminated": self.is_terminated,
             "parallel": self.traffic(),
             "ranks": [
@@ -117,11 +142,6 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
     with tensor-parallel attention on all. Every rank calls this with the same request.
     SIGTERM lets each rank end at its next token, on all ranks, with what was written so far.
     """
-    if request.check:
-        raise ParallelError(
-            "a check compares one process with the unmodified model, and ranks share this one; "
-            "leave out --check, or --placement and --dispatch"
-        )
     after_imports = resident_bytes()
     resolved = resolve_model(
         request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
@@ -146,13 +166,19 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
             is_everywhere = request.attention == "tensor"
             ranks = _ranks_of(prompts, request.tables, num_ranks)
             mine = [p for p, g in zip(prompts, ranks, strict=True) if is_everywhere or g == rank]
-            results = _complete_mine(model, tokenizer, mine, request.decoding, parallel, listener)
-            if is_everywhere and rank:
-                results = []  # rank 0 has the same
+            completions = _complete_mine(model, tokenizer, mine, request, parallel, listener)
             parallel.finish()
+            report = owner.report()
+            evidence = None
+            if request.check and not parallel.is_stop_asked:
+                evidence = _evidence(
+                    request, resolved, model, tokenizer, completions, parallel, report
+                )
+            if is_everywhere and rank:
+                completions = []  # rank 0 has the same
             said = {
-                "results": results,
-                "report": owner.report(),
+                "results": [one.as_dict() | {"rank": rank} for one in completions],
+                "report": report,
                 "resident": {
                     "rss_after_imports_bytes": after_imports,
                     "peak_rss_bytes": peak_resident_bytes(),
@@ -160,12 +186,56 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
                 },
             }
             texts = parallel.world.ledger.gather_texts(json.dumps(said))
+    parity, parity_error = None, None
+    if evidence is not None and rank == 0:
+        del model, owner
+        gc.collect()  # the unmodified model needs the memory
+        listener.on_check()
+        try:
+            parity = compare_with_unmodified(
+                request, resolved, evidence.greedy, evidence.forced, report
+            )
+        except ParityError as error:  # what was generated is not lost with it
+            parity_error = error
     return ParallelGeneration(
         request=request,
         by_rank=[json.loads(text) for text in texts],
         num_prompts=len(prompts),
         rank=rank,
+        parity=parity,
+        parity_error=parity_error,
     )
+
+
+def _evidence(
+    request: GenerationRequest,
+    resolved: ResolvedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    completions: list[Completion],
+    parallel: ExpertParallel,
+    report: Mapping[str, Any],
+) -> ParityEvidence:
+    """What all ranks have to show for a check, on rank 0; collective.
+
+    It is gathered before the group is left: other ranks need not wait for the unmodified model.
+    """
+    is_everywhere = request.attention == "tensor"
+    forced = []
+    if needs_forced_logits(request, report):
+        sharers = 1 if is_everywhere else min(parallel.world.num_ranks, len(request.prompts))
+        forced = forced_logits(model, completions, min_positions=-(-MIN_POSITIONS // sharers))
+        parallel.finish()
+    greedy = completions
+    if needs_float32(request, report):
+        greedy = greedy_in_float32(request, resolved, tokenizer, completions, report)
+    if not request.exact:
+        greedy = [replace(one, logits=None) for one in greedy]  # their tokens alone are compared
+    mine = ParityEvidence(greedy=greedy, forced=forced)
+    if is_everywhere:
+        return mine
+    gathered = parallel.world.ledger.gather_on_first(mine.to_bytes())
+    return ParityEvidence.merged([ParityEvidence.from_bytes(part) for part in gathered])
 
 
 def _ranks_of(prompts: Sequence[Prompt], tables: str | None, num_ranks: int) -> list[int]:
@@ -204,21 +274,26 @@ def _complete_mine(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
-    decoding: Decoding,
+    request: GenerationRequest,
     parallel: ExpertParallel,
     listener: Listener,
-) -> list[dict[str, Any]]:
-    results = []
+) -> list[Completion]:
+    completions = []
     for prompt in prompts:
         if parallel.is_stop_asked:
             break
         listener.on_prompt(prompt)
         completion = complete(
-            model, tokenizer, prompt, decoding, is_stop_asked=lambda: parallel.is_stop_asked
+            model,
+            tokenizer,
+            prompt,
+            request.decoding,
+            keep_logits=request.check,
+            is_stop_asked=lambda: parallel.is_stop_asked,
         )
         listener.on_completion(completion)
-        results.append(completion.as_dict() | {"rank": parallel.world.rank})
-    return results
+        completions.append(completion)
+    return completions
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class ExpertPlan:
     """The placement as one rank sees it.
 
     `nearest` chooses for this rank's own tokens: itself if it holds the expert, else its node, else
-    any; `any_holder` is the same on every rank, for tokens that every rank knows.
+    any; `any_holder` is the same on every rank, for tokens that every rank knows. In a steady plan
+    `nearest` has one holder of each expert, and ranks take turns instead of tokens.
     """
 
     placement: Placement
@@ -61,9 +62,10 @@ class ExpertPlan:
     held: Array  # [L, E] bool: whether this rank holds an expert
     nearest: RankChoice
     any_holder: RankChoice
+    is_steady: bool
 
     @classmethod
-    def of(cls, placement: Placement, rank: int) -> "ExpertPlan":
+    def of(cls, placement: Placement, rank: int, *, is_steady: bool = False) -> "ExpertPlan":
         """Rank g is the placement's GPU g."""
         hosts = placement.hosts().transpose(0, 2, 1)  # [L, E, G]
         per_node = placement.gpus // placement.nodes
@@ -74,6 +76,9 @@ class ExpertPlan:
         on_rank[..., rank] = hosts[..., rank]
         may = np.where(on_node.any(axis=2, keepdims=True), on_node, hosts)
         may = np.where(on_rank.any(axis=2, keepdims=True), on_rank, may)
+        if is_steady:
+            turn = rank % may.sum(axis=2, keepdims=True)
+            may = may & (may.cumsum(axis=2) == turn + 1)
         return cls(
             placement=placement,
             rank=rank,
@@ -83,6 +88,7 @@ class ExpertPlan:
             held=hosts[..., rank].copy(),
             nearest=RankChoice.of(may),
             any_holder=RankChoice.of(hosts),
+            is_steady=is_steady,
         )
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_runtime.cli.demo import CHECKPOINT
 from moe_runtime.measure.probe import collectives
 from moe_runtime.measure.probe.collectives import CollectiveSizes
 from moe_runtime.placement_map import Placement
@@ -172,9 +173,34 @@ def test_tables_share_prompts_out_or_move_rows_between_shares_of_attention(
         assert sorted(prompts) == ([0, 3] if attention == "tensor" else [1, 2])
 
 
-def test_a_check_is_refused_with_ranks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    outcome = run_here(capsys, "generate", folder, "--prompt", "a", "--dispatch", "auto", "--check")
-    assert "leave out --check, or --placement and --dispatch" in outcome.error()
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        (("--dispatch", "auto"), "fast"),
+        (("--dispatch", "auto", "--exact"), "exact"),
+        (("--attention", "tensor", "--dtype", "float32"), "fast"),
+    ],
+    ids=["fast", "exact", "tensor"],
+)
+def test_a_check_compares_all_ranks_with_the_unmodified_model(
+    prompts_file: Path, options: tuple[str, ...], mode: str
+) -> None:
+    """Law: tokens and logits of every prompt, wherever it ran; the figures are of the run alone."""
+    given = ("--prompts", prompts_file, "--max-new-tokens", "3", *options, "--check", "--json")
+    outcome = torchrun("generate", CHECKPOINT, *given, num_ranks=2)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    parity = found["parity"]
+    assert parity["mode"] == mode
+    assert parity["tokens_compared"] == 3 * len(PROMPTS)
+    assert sorted(result["index"] for result in found["results"]) == [0, 1, 2]
+    if mode == "exact":
+        assert parity["identical"] is True
+        assert parity["max_abs_logit_diff"] == 0
+    else:
+        assert parity["greedy_tokens_equal"] is True
+        assert parity["positions"] >= (0 if "float32" in options else 200)
+        assert found["parallel"]["forwards"] == (9 if "tensor" in options else 6)
 
 
 def test_the_scripts_are_shell() -> None:

@@ -95,7 +95,11 @@ def test_torchrun_without_an_option_is_refused(
     [
         ({"timeout_seconds": 5.0}, "timeout_seconds has no effect on one process"),
         ({"payload": "int8"}, "payload='int8' has no effect on one process"),
-        ({"dispatch": "auto", "exact": True}, "exact=True promises the bits of one process"),
+        ({"dispatch": "allreduce", "exact": True}, "allreduce cannot give: a collective adds up"),
+        ({"dispatch": "hierarchical", "exact": True}, "partial sums are added up on their way"),
+        ({"dispatch": "coherent", "exact": True}, "attention runs with rows of other prompts"),
+        ({"attention": "tensor", "exact": True}, "attention 'tensor' cannot give: heads of"),
+        ({"dispatch": "auto", "exact": True, "payload": "int8"}, "payload='int8' cannot give: row"),
         ({"dispatch": "auto", "timeout_seconds": -1.0}, "time-out is -1 s; it must be above 0"),
     ],
 )

@@ -96,7 +96,8 @@ def load(
     Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory, and one at a time is
     dequantised when it is used; its other fp8 weights take the model's dtype while loading.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
-    on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
+    on CPU, on several ranks too (with alltoall, or speculative and attention data). Otherwise a
+    kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
     `predictor` says what a token will need, so that the disk reads it while layers compute: 'auto'
     (the model's own routers, a layer or two ahead, where they are found), 'gate_lookahead' (the

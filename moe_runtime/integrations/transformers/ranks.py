@@ -18,12 +18,8 @@ from moe_runtime.integrations.transformers.survey import Survey
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.parallel.degree import Degree, FittedDegree, FixedDegree
-from moe_runtime.parallel.expert_parallel import (
-    ATTENTIONS,
-    DISPATCHES,
-    ExpertParallel,
-    check_dispatch,
-)
+from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.make_dispatcher import ATTENTIONS, check_dispatch
 from moe_runtime.parallel.payload import ExactPayload
 from moe_runtime.parallel.plan import ExpertPlan, check_placement, linear_placement
 from moe_runtime.parallel.world import World, check_agreement, started_ranks
@@ -44,6 +40,7 @@ class Ranks:
     pipeline: int | Interconnect
     attention: str
     tables: DeviceTables | None
+    exact: bool
 
     @classmethod
     def join(
@@ -78,6 +75,8 @@ class Ranks:
                     )
             return None
         dispatch, attention = _modes(dispatch, attention, has_tables=tables is not None)
+        if exact and dispatch == "auto":
+            dispatch = "alltoall"  # the one whose sums have an order
         check_dispatch(dispatch, payload)
         chunks = pipeline if isinstance(pipeline, int) else Interconnect.load(Path(pipeline))
         if isinstance(chunks, int) and chunks < 1:
@@ -90,10 +89,7 @@ class Ranks:
                         f"with attention {attention!r} sends others; leave one of them out"
                     )
         if exact:
-            raise ParallelError(
-                "exact=True promises the bits of one process, and ranks add up partial sums in "
-                "another order; leave out exact, mesh, placement and dispatch as you need"
-            )
+            _check_exact(dispatch, attention, given, usual, device)
         if predictor != "off":
             raise ParallelError(
                 f"predictor={str(predictor)!r} reads ahead from all experts of the model, and a "
@@ -122,6 +118,7 @@ class Ranks:
             pipeline=chunks,
             attention=attention,
             tables=tables,
+            exact=exact,
         )
 
     def share(self, found: Survey, folder: Path, settings: Mapping[str, object]) -> ExpertParallel:
@@ -176,7 +173,8 @@ class Ranks:
                 "trace record` to have it checked",
                 stacklevel=2,
             )
-        return ExpertPlan.of(replace(placement, checkpoint=checkpoint), world.rank)
+        placement = replace(placement, checkpoint=checkpoint)
+        return ExpertPlan.of(placement, world.rank, is_steady=self.exact)
 
     def _degree(self, plan: ExpertPlan, site: ExpertSite) -> Degree:
         if isinstance(self.pipeline, int):
@@ -209,6 +207,7 @@ class Ranks:
             "payload": self.payload,
             "pipeline": _digest(repr(self.pipeline).encode()),
             "attention": self.attention,
+            "exactness": self.exact,
             "tables": _digest(b"none" if tables is None else _bytes_of(tables)),
         }
         return {name: str(value) for name, value in (facts | dict(settings)).items()}
@@ -232,8 +231,6 @@ def _modes(dispatch: str | None, attention: str | None, *, has_tables: bool) -> 
         raise ValueError(f"attention {attention!r} is unknown; choose from {', '.join(ATTENTIONS)}")
     is_shared = attention == "tensor"
     dispatch = dispatch or ("speculative" if has_tables else "alltoall" if is_shared else "auto")
-    if dispatch not in DISPATCHES:
-        raise ValueError(f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}")
     if is_shared and dispatch not in ("alltoall", "speculative"):
         raise ParallelError(
             f"attention 'tensor' sums rows where their experts are, and dispatch {dispatch!r} "
@@ -245,6 +242,35 @@ def _modes(dispatch: str | None, attention: str | None, *, has_tables: bool) -> 
             "dispatch='speculative' and tables=, as `placement solve --tables` writes them"
         )
     return dispatch, attention
+
+
+def _check_exact(
+    dispatch: str,
+    attention: str,
+    given: Mapping[str, object],
+    usual: Mapping[str, object],
+    device: torch.device,
+) -> None:
+    """Raise ParallelError where the bits of one process cannot be had."""
+    reasons = {
+        "allreduce": "a collective adds up in an order of its own",
+        "hierarchical": "partial sums are added up on their way",
+        "coherent": "attention runs with rows of other prompts in one product",
+    }
+    why = reasons.get(dispatch)
+    if attention == "tensor":
+        dispatch, why = "any with attention 'tensor'", "heads of several ranks are added up"
+    for name, value in given.items():
+        if value != usual[name]:
+            dispatch, why = f"{name}={value!r}", "rows are rounded or computed in other numbers"
+    if device.type != "cpu":
+        dispatch, why = f"device {device}", "its products are not compared with one process's"
+    if why is not None:
+        raise ParallelError(
+            f"exact=True promises the bits of one process, which {dispatch} cannot give: {why}; "
+            "use dispatch alltoall (or speculative with attention data) on the CPU, or leave out "
+            "exact"
+        )
 
 
 def _bytes_of(tables: DeviceTables) -> bytes:
