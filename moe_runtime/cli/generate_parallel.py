@@ -94,6 +94,11 @@ def _figures(generation: ParallelGeneration) -> Table:
     for name in ("context", "attention"):
         if traffic[f"{name}_bytes"]:
             table.add_row(f"of these for {name}", format_bytes(traffic[f"{name}_bytes"]))
+    if traffic["migrations"]:
+        table.add_row(
+            "moved to the new placement",
+            f"{traffic['experts_moved']} experts, {format_bytes(traffic['migration_bytes'])}",
+        )
     table.add_row("between nodes", format_bytes(traffic["bytes_between_nodes"]))
     rates = traffic["local_activation_rate"]
     if rates is not None:

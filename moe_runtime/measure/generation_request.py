@@ -45,6 +45,8 @@ class GenerationRequest:
     pipeline: int | str = 1
     attention: str | None = None
     tables: str | None = None
+    migrate: str | None = None  # a placement to go over to ...
+    migrate_after: int = 0  # ... behind so many forwards
     timeout_seconds: float | None = None
     plan: str = OFF
     explicit: tuple[str, ...] = ()  # fields that were given and that a plan must leave as they are

@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import signal
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -40,7 +41,7 @@ from moe_runtime.placement.share_requests import share_requests
 
 _SAME_ON_ALL = (
     "ranks", "nodes", "dispatch", "payload", "chosen", "expected_bytes", "forwards",
-    "forwards_by_chunks", "experts_moved",
+    "forwards_by_chunks", "migrations", "experts_moved",
 )  # fmt: skip
 
 
@@ -162,6 +163,8 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
         with closing(owner), _stop_on_sigterm(parallel):
             listener.on_loaded(owner.placement())
             request = _agree(parallel, request)
+            if request.migrate is not None:
+                parallel.ask_to_migrate(request.migrate, after_forwards=request.migrate_after)
             rank, num_ranks = parallel.world.rank, parallel.world.num_ranks
             is_everywhere = request.attention == "tensor"
             ranks = _ranks_of(prompts, request.tables, num_ranks)
@@ -169,6 +172,12 @@ def run_parallel_generation(request: GenerationRequest, listener: Listener) -> P
             completions = _complete_mine(model, tokenizer, mine, request, parallel, listener)
             parallel.finish()
             report = owner.report()
+            if rank == 0 and request.migrate is not None and not parallel.num_migrations:
+                warnings.warn(
+                    f"--migrate-after {request.migrate_after} was not reached: there were "
+                    f"{report['parallel']['forwards']} forwards, so no expert moved",
+                    stacklevel=2,
+                )
             evidence = None
             if request.check and not parallel.is_stop_asked:
                 evidence = _evidence(
@@ -265,7 +274,11 @@ def _agree(parallel: ExpertParallel, request: GenerationRequest) -> GenerationRe
     seed = int(ledger.gather_texts(str(request.decoding.seed))[0])
     request = replace(request, decoding=replace(request.decoding, seed=seed))
     prompts = hashlib.sha256(json.dumps(list(request.prompts)).encode()).hexdigest()
-    facts = {"prompts": prompts[:16], "generation settings": repr(request.decoding)}
+    facts = {
+        "prompts": prompts[:16],
+        "generation settings": repr(request.decoding),
+        "migration": f"{request.migrate} after {request.migrate_after}",
+    }
     check_agreement(ledger, facts)
     return request
 

@@ -72,8 +72,10 @@ class ExpertParallel:
         self._num_steps = 0
         self._wants_stop = False
         self._wanted: Placement | None = None
+        self._wanted_after = 0
         self._stored: Stored | None = None
         self._num_moves = 0
+        self.num_migrations = 0  # to other placements, so far
         self._is_together = True  # whether all ranks are known to stand at the same place
         self._is_closed = False
 
@@ -122,9 +124,10 @@ class ExpertParallel:
         """Let every rank hear, at the next forward, that this one should end early."""
         self._wants_stop = True
 
-    def ask_to_migrate(self, placement: str | Path | Placement) -> None:
+    def ask_to_migrate(self, placement: str | Path | Placement, *, after_forwards: int = 0) -> None:
         """Go over to another placement when the next forward of any rank begins.
 
+        Not before there have been `after_forwards` since loading.
         One rank asks, or several for the same. Tokens stay what they are: all ranks change at the
         same place, between forwards. Raises PlacementError, here, if it does not fit, and
         ParallelError under coherent dispatch and tensor attention, whose tables know one placement.
@@ -144,6 +147,7 @@ class ExpertParallel:
             checkpoint=checkpoint,
         )
         self._wanted = replace(wanted, checkpoint=checkpoint)
+        self._wanted_after = after_forwards
 
     def run(
         self,
@@ -204,8 +208,9 @@ class ExpertParallel:
 
     def report(self) -> dict[str, Any]:
         """What this rank sent, by layer and rank; counts are since loading."""
-        is_auto = isinstance(self.dispatcher, AutoDispatcher)
-        chosen = dict(self.dispatcher.chosen) if is_auto else None
+        chosen = None
+        if isinstance(self.dispatcher, AutoDispatcher):
+            chosen = dict(self.dispatcher.chosen)
         if chosen is not None and self._take_part is not None:
             chosen = {"coherent": self._num_steps * len(self._layers)}
         return {
@@ -221,6 +226,7 @@ class ExpertParallel:
             "forwards_by_chunks": {
                 str(degree): count for degree, count in self._num_steps_by_degree.items() if count
             },
+            "migrations": self.num_migrations,
             "experts_moved": self._num_moves,  # by all ranks
             "activations": self.activations.report(),
             **sent_report(self.world.ledger),
@@ -249,7 +255,8 @@ class ExpertParallel:
 
     def _agree(self, rows: Rows | None, num_extra: int = 0) -> Step:
         """The next forward, behind a migration if any rank wants one."""
-        wishes = Wish.STOP * self._wants_stop | Wish.MIGRATE * (self._wanted is not None)
+        wants_to_migrate = self._wanted is not None and self._num_steps >= self._wanted_after
+        wishes = Wish.STOP * self._wants_stop | Wish.MIGRATE * wants_to_migrate
         step = agree_on_step(self.world.ledger, rows, num_extra=num_extra, wishes=Wish(wishes))
         if Wish.MIGRATE in step.wishes:
             self._migrate()
@@ -282,6 +289,7 @@ class ExpertParallel:
         if isinstance(self.dispatcher, AutoDispatcher) and isinstance(before, AutoDispatcher):
             self.dispatcher.chosen = before.chosen
         self._num_moves += len(migration.moves)
+        self.num_migrations += 1
         self._wanted = None
 
     def _run_layer(self, layer: int, rows: Rows, step: Step) -> torch.Tensor:
