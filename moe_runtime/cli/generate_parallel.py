@@ -11,7 +11,8 @@ from moe_runtime.cli.terminal import Terminal
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.measure.completion import Completion
 from moe_runtime.measure.generation_request import GenerationRequest
-from moe_runtime.measure.parallel_generation import ParallelGeneration, run_parallel_generation
+from moe_runtime.measure.parallel_generation import ParallelGeneration
+from moe_runtime.measure.parallel_run import run_parallel_generation
 from moe_runtime.measure.prompt import Prompt
 
 _TERMINATED = 143  # 128 + SIGTERM, as shells count

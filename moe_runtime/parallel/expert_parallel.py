@@ -28,6 +28,7 @@ from moe_runtime.parallel.pipeline import run_in_chunks
 from moe_runtime.parallel.plan import ExpertPlan, check_placement
 from moe_runtime.parallel.sent_report import sent_report
 from moe_runtime.parallel.world import World
+from moe_runtime.perf.interconnect import Interconnect
 from moe_runtime.placement_map import Placement
 
 _ONE_CHUNK = FixedDegree(1)
@@ -51,8 +52,10 @@ class ExpertParallel:
         *,
         payload: str = ExactPayload.name,
         degree: Degree = _ONE_CHUNK,
+        network: Interconnect | None = None,
     ) -> None:
         self.world = world
+        self._network = network
         self.dispatch = dispatch if world.num_ranks > 1 else LocalDispatcher.name
         self._asked_dispatch = dispatch
         self._payload = make_payload(payload)
@@ -236,7 +239,9 @@ class ExpertParallel:
         """From now on tokens go where `plan` says; with the bits of one process if it is steady."""
         self.plan = plan
         self.world.ledger.num_nodes = plan.num_nodes
-        self.dispatcher = make_dispatcher(self._asked_dispatch, self.world, plan, self._payload)
+        self.dispatcher = make_dispatcher(
+            self._asked_dispatch, self.world, plan, self._payload, self._network
+        )
         is_ordered = plan.is_steady and self.world.num_ranks > 1
         self._ordered = OrderedExchange(plan, self.world.ledger) if is_ordered else None
 

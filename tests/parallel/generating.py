@@ -161,6 +161,25 @@ def exact_logits(
     return {"logits": logits, "parallel": report["parallel"]}
 
 
+def prompt_logits(
+    mesh: DeviceMesh, folder: str, prompts: list[list[int]], options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """`[tokens, vocab]` of every G-th prompt, from this rank on, in the checkpoint's dtype.
+
+    With tensor-parallel attention of every prompt.
+    """
+    model = moe_runtime.load(folder, mesh=mesh, expert_memory="100%", **options)
+    handle = moe_runtime.handle(model)
+    assert handle.parallel is not None
+    step = 1 if options.get("attention") == "tensor" else mesh.size()
+    mine = prompts[mesh.get_local_rank() % step :: step]
+    with torch.no_grad():
+        logits = [model(torch.tensor([prompt]), use_cache=True).logits[0] for prompt in mine]
+    handle.parallel.finish()
+    handle.close()
+    return logits
+
+
 def generate_logits(model: Any, prompts: list[list[int]], new_tokens: int) -> list[torch.Tensor]:
     """`[new tokens, vocab]` of each prompt, which runs alone."""
     found = []

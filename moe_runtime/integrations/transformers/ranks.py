@@ -138,6 +138,7 @@ class Ranks:
                 self.dispatch,
                 payload=self.payload,
                 degree=self._degree(plan, found.sites[0]),
+                network=None if isinstance(self.pipeline, int) else self.pipeline,
             )
         except BaseException:
             self.world.close(orderly=False)
