@@ -27,7 +27,8 @@ class Placement:
     """Slots in the order of ranks: GPU g has slots g * S/G to (g + 1) * S/G - 1, of every layer.
 
     GPUs are in the order of nodes in the same way. Row l is the l-th MoE layer, which stands at
-    `layer_ids[l]` among all `num_hidden_layers`. Every expert has at least one slot in each layer;
+    `layer_ids[l]` among all `num_hidden_layers`. `checkpoint` is the digest of the weights that it
+    was made for, "" unknown. Every expert has at least one slot in each layer;
     with S = E exactly one. A GPU may hold an expert twice, as EPLB's maps do; our solvers never
     do that. Raises PlacementError if built from what cannot be.
     """
@@ -39,6 +40,7 @@ class Placement:
     gpus: int
     nodes: int
     slots: Array  # [L, S] int32 expert ids
+    checkpoint: str = ""
     made: Mapping[str, object] = field(default_factory=dict)  # how: solver, options, figures
 
     def __post_init__(self) -> None:
@@ -114,7 +116,7 @@ class Placement:
         missing = [name for name in _KEYS if name not in found]
         if missing:
             raise PlacementError(f"{source} lacks {', '.join(missing)}; {_REMEDY}")
-        unknown = sorted(found.keys() - {*_KEYS, "slots", "made"})
+        unknown = sorted(found.keys() - {*_KEYS, "checkpoint", "slots", "made"})
         if unknown:
             raise PlacementError(f"{source} has unknown fields {', '.join(unknown)}; {_REMEDY}")
         try:
@@ -126,6 +128,7 @@ class Placement:
                 gpus=_typed(found, "gpus", int),
                 nodes=_typed(found, "nodes", int),
                 slots=integer_table(found["slots"], "slots"),
+                checkpoint=_typed(found, "checkpoint", str) if "checkpoint" in found else "",
                 made=_typed(found, "made", dict) if "made" in found else {},
             )
         except PlacementError as error:
@@ -140,6 +143,7 @@ class Placement:
         rows = ",\n".join(f"    {row.tolist()}" for row in self.slots)
         facts = {name: getattr(self, name) for name in _KEYS if name != "version"}
         facts = {"version": VERSION, **facts, "layer_ids": list(self.layer_ids)}
+        facts |= {"checkpoint": self.checkpoint} if self.checkpoint else {}
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in facts.items()]
         made = json.dumps(dict(self.made), indent=2).replace("\n", "\n  ")
         lines += [f'  "slots": [\n{rows}\n  ]', f'  "made": {made}']

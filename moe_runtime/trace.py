@@ -39,6 +39,7 @@ class Trace:
     num_hidden_layers: int
     layer_ids: tuple[int, ...]
     model: str
+    checkpoint: str  # digest of the model's weights; "" unknown
 
     @classmethod
     def of(

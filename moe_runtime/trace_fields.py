@@ -51,7 +51,7 @@ FIELDS = {
     "gate_probs": Field("float16", "NLE", 0, 1),
     "hidden": Field("float16", "NLD", -_FLOAT16_MAX, _FLOAT16_MAX),
 }
-SCALARS = ("num_experts", "num_hidden_layers", "layer_ids", "model")
+SCALARS = ("num_experts", "num_hidden_layers", "layer_ids", "model", "checkpoint")
 
 
 def complete_fields(
@@ -91,6 +91,7 @@ def complete_fields(
     fields["layer_ids"] = layer_ids
     fields["num_hidden_layers"] = _num_hidden_layers(found, layer_ids, source)
     fields["model"] = str(_scalar(found, "model", "U", source) or "unknown")
+    fields["checkpoint"] = str(_scalar(found, "checkpoint", "U", source) or "")
     return fields
 
 

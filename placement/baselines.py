@@ -53,6 +53,7 @@ def _placement(
 ) -> Placement:
     return Placement(
         model=counts.model,
+        checkpoint=counts.checkpoint,
         num_experts=counts.num_experts,
         num_hidden_layers=counts.num_hidden_layers,
         layer_ids=counts.layer_ids,

@@ -173,6 +173,7 @@ def to_placement(problem: Problem, expert: Array, gpu: Array, made: dict[str, ob
     counts = problem.counts
     return Placement(
         model=counts.model,
+        checkpoint=counts.checkpoint,
         num_experts=counts.num_experts,
         num_hidden_layers=counts.num_hidden_layers,
         layer_ids=counts.layer_ids,

@@ -34,6 +34,7 @@ class RoutingCounts:
     pair_transitions: Array  # [L-1, E, E] float64: any expert of a layer to any of the next
     loads: Array  # [L, E] float64: all K experts
     coactivation: Array  # [L, E, E] float64, symmetric, 0 on the diagonal: tokens that use both
+    checkpoint: str = ""  # digest of the model's weights; "" unknown
 
     @classmethod
     def of(
@@ -82,6 +83,7 @@ class RoutingCounts:
             pair_transitions=pair_transitions,
             loads=loads,
             coactivation=coactivation,
+            checkpoint=next((t.checkpoint for t in traces if t.checkpoint), ""),
         )
         counts.check_layers()
         return counts
@@ -118,6 +120,12 @@ def _check_same_model(traces: Sequence[Trace]) -> None:
                     f"the traces are of different models: {name} is {_short(mine)} and "
                     f"{_short(other)}; solve for each model on its own"
                 )
+    digests = sorted({trace.checkpoint for trace in traces} - {""})
+    if len(digests) > 1:
+        raise PlacementError(
+            f"the traces are of {len(digests)} checkpoints with the same name, {first.model}: "
+            f"{', '.join(digests)}; solve for each on its own"
+        )
 
 
 def _short(value: object) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_runtime.kernels.launch import check_dtype
-from moe_runtime.measure import generation
+from moe_runtime.measure import generation_request
 from tests.command_line import Outcome, command, environment, run_here
 from tests.tiny_checkpoint import (
     CONTEXT_TOKENS,
@@ -82,7 +82,7 @@ def test_what_a_kernel_refuses_is_said_as_it_is(
     def refuse(*_: object, **__: object) -> None:
         check_dtype("x", torch.zeros(1, dtype=torch.int8), (torch.bfloat16,))
 
-    monkeypatch.setattr(generation, "load", refuse)
+    monkeypatch.setattr(generation_request, "load", refuse)
     outcome = generate(capsys, model)
     assert outcome.code == 1
     assert "x is torch.int8; supported: torch.bfloat16" in outcome.err

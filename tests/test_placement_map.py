@@ -21,6 +21,7 @@ FIELDS: dict[str, Any] = {
     "gpus": 2,
     "nodes": 1,
     "slots": np.array([[0, 3, 1, 2], [1, 2, 3, 0]]),
+    "checkpoint": "0123456789abcdef",
     "made": {"solver": "search", "seed": 0},
 }
 
@@ -47,6 +48,7 @@ def placements(draw: st.DrawFn) -> Placement:
         gpus=gpus,
         nodes=draw(st.sampled_from([n for n in (1, 2, 3) if gpus % n == 0])),
         slots=rng.permuted(np.concatenate([every, extra], axis=1), axis=1),
+        checkpoint=draw(st.sampled_from(["", "0123"])),
         made={"seed": draw(st.integers(0, 9))},
     )
 
@@ -93,10 +95,18 @@ def test_the_file_of_a_small_placement(tmp_path: Path) -> None:
     placement().save(tmp_path / "placement.json")
     assert (tmp_path / "placement.json").read_text() == (
         '{\n  "version": 1,\n  "model": "tiny",\n  "num_experts": 4,\n  "layer_ids": [1, 2],\n'
-        '  "num_hidden_layers": 3,\n  "gpus": 2,\n  "nodes": 1,\n  "slots": [\n'
+        '  "num_hidden_layers": 3,\n  "gpus": 2,\n  "nodes": 1,\n'
+        '  "checkpoint": "0123456789abcdef",\n  "slots": [\n'
         "    [0, 3, 1, 2],\n    [1, 2, 3, 0]\n  ],\n"
         '  "made": {\n    "solver": "search",\n    "seed": 0\n  }\n}\n'
     )
+
+
+def test_weights_may_be_unknown(tmp_path: Path) -> None:
+    """Law: a file without their digest, as older ones are, loads and says nothing of them."""
+    placement(checkpoint="").save(tmp_path / "placement.json")
+    assert "checkpoint" not in (tmp_path / "placement.json").read_text()
+    assert Placement.load(tmp_path / "placement.json").checkpoint == ""
 
 
 def test_replicas_have_no_single_gpu() -> None:

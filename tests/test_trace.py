@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from moe_runtime.errors import TraceError
 from moe_runtime.trace import Phase, Trace
-from moe_runtime.trace_fields import COMMON_NUM_EXPERTS, FIELDS
+from moe_runtime.trace_fields import COMMON_NUM_EXPERTS, FIELDS, SCALARS
 from moe_runtime.trace_file import Member, write_npz
 from moe_runtime.trace_writer import TraceWriter
 
@@ -58,6 +58,7 @@ def example(
         "num_hidden_layers": num_layers + 2,
         "layer_ids": tuple(range(1, num_layers + 1)),
         "model": "org/name",
+        "checkpoint": "0123456789abcdef",
     }
 
 
@@ -68,7 +69,7 @@ def assert_same(found: Trace, expected: Trace) -> None:
         np.testing.assert_array_equal(got, array, err_msg=name)
         if name != "domain":
             assert got.dtype == array.dtype == np.dtype(FIELDS[name].dtype)
-    for name in ("num_experts", "num_hidden_layers", "layer_ids", "model"):
+    for name in SCALARS:
         assert getattr(found, name) == getattr(expected, name)
 
 
@@ -142,6 +143,7 @@ def test_missing_fields_are_inferred_as_stated() -> None:
     assert trace.layer_ids == (0, 1, 2)
     assert trace.num_hidden_layers == 3
     assert trace.model == "unknown"
+    assert trace.checkpoint == ""
     for name in ("weights", "token_id", "domain", "gate_probs", "hidden"):
         assert getattr(trace, name) is None
 

@@ -132,10 +132,14 @@ def parallel(
                 f"--nodes {nodes} does not divide {world.num_ranks} ranks; nodes are equally large"
             )
         linear = linear_placement(
-            model=loaded.model, num_ranks=world.num_ranks, num_nodes=nodes, **shape
+            model=loaded.model,
+            checkpoint=loaded.checkpoint,
+            num_ranks=world.num_ranks,
+            num_nodes=nodes,
+            **shape,
         )
         for found in given.values():
-            check_placement(found, num_ranks=world.num_ranks, **shape)
+            check_placement(found, num_ranks=world.num_ranks, checkpoint=loaded.checkpoint, **shape)
         replay = Replay(
             topk=routing,
             num_experts=loaded.num_experts,

@@ -44,7 +44,7 @@ def demo(
     with terminal.waiting("starting"):
         from moe_runtime.cli.generation_view import generate_and_show
         from moe_runtime.measure.decoding import Decoding
-        from moe_runtime.measure.generation import GenerationRequest
+        from moe_runtime.measure.generation_request import GenerationRequest
     request = GenerationRequest(
         model=str(CHECKPOINT),
         prompts=PROMPTS,

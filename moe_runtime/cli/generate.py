@@ -26,6 +26,8 @@ from moe_runtime.cli.options import (
     HostMemoryOption,
     Json,
     MaxNewTokens,
+    MigrateAfter,
+    MigrateOption,
     Miss,
     MissOption,
     Model,
@@ -63,6 +65,8 @@ moe-runtime generate ./model --prompt "def read(" --report run.html --hardware m
 torchrun --nproc-per-node 4 -m moe_runtime generate ./model --dispatch auto --prompts FILE --json
 
 torchrun --nproc-per-node 4 -m moe_runtime generate M --placement P.json --tables T.npz --prompts F
+
+torchrun --nproc-per-node 4 -m moe_runtime generate M --dispatch auto --migrate Q.json --prompts F
 """
 
 
@@ -189,6 +193,8 @@ def generate(
     pipeline: PipelineOption = "1",
     attention: AttentionOption = None,
     tables: TablesOption = None,
+    migrate: MigrateOption = None,
+    migrate_after: MigrateAfter = 0,
     timeout_seconds: TimeoutSeconds = None,
     as_json: Json = False,
 ) -> None:
@@ -205,7 +211,7 @@ def generate(
         from moe_runtime.cli.generate_parallel import generate_on_ranks_and_show
         from moe_runtime.cli.generation_view import generate_and_show
         from moe_runtime.measure.decoding import Decoding
-        from moe_runtime.measure.generation import GenerationRequest
+        from moe_runtime.measure.generation_request import GenerationRequest
         from moe_runtime.parallel.world import started_ranks
     request = GenerationRequest(
         model=model,
@@ -241,12 +247,23 @@ def generate(
         pipeline=int(pipeline) if pipeline.isdigit() else pipeline,
         attention=attention,
         tables=None if tables is None else str(tables),
+        migrate=None if migrate is None else str(migrate),
+        migrate_after=migrate_after,
         timeout_seconds=timeout_seconds,
         plan=plan,
         explicit=_given(context),
         report=None if report is None else str(report),
         hardware=None if hardware is None else str(hardware),
     )
+    if migrate is None and migrate_after:
+        raise ParallelError(
+            f"--migrate-after {migrate_after} has no effect alone; name a placement with --migrate"
+        )
+    if migrate is not None and not request.is_parallel:
+        raise ParallelError(
+            f"--migrate {migrate} has no effect on one process; start ranks with torchrun and "
+            "--dispatch or --placement"
+        )
     if request.is_parallel:
         if report is not None:
             raise ParallelError(

@@ -6,11 +6,13 @@ from pathlib import Path
 import typer
 from rich.table import Table
 
+from moe_runtime.cli.generation_view import verdict, warn_if_cut_short
 from moe_runtime.cli.terminal import Terminal
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.measure.completion import Completion
-from moe_runtime.measure.generation import GenerationRequest
-from moe_runtime.measure.parallel_generation import ParallelGeneration, run_parallel_generation
+from moe_runtime.measure.generation_request import GenerationRequest
+from moe_runtime.measure.parallel_generation import ParallelGeneration
+from moe_runtime.measure.parallel_run import run_parallel_generation
 from moe_runtime.measure.prompt import Prompt
 
 _TERMINATED = 143  # 128 + SIGTERM, as shells count
@@ -31,6 +33,7 @@ def generate_on_ranks_and_show(request: GenerationRequest, terminal: Terminal) -
         terminal.show(_figures(generation))
     if generation.is_terminated:
         raise typer.Exit(_TERMINATED)
+    generation.require_parity()
 
 
 class _View:
@@ -47,12 +50,7 @@ class _View:
         self._terminal.remark(f"{Path(self._request.model).name}: {placement}")
 
     def on_prompt(self, prompt: Prompt) -> None:
-        wanted = self._request.decoding.max_new_tokens
-        if prompt.max_new_tokens < wanted:
-            self._terminal.warn(
-                f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, so the model's context "
-                f"has room for {prompt.max_new_tokens} new ones, not {wanted}"
-            )
+        warn_if_cut_short(self._terminal, self._request, prompt)
 
     def on_text(self, text: str) -> None:
         pass
@@ -61,7 +59,7 @@ class _View:
         pass
 
     def on_check(self) -> None:
-        pass
+        self._terminal.remark("running the unmodified model for comparison")
 
 
 def _figures(generation: ParallelGeneration) -> Table:
@@ -97,6 +95,11 @@ def _figures(generation: ParallelGeneration) -> Table:
     for name in ("context", "attention"):
         if traffic[f"{name}_bytes"]:
             table.add_row(f"of these for {name}", format_bytes(traffic[f"{name}_bytes"]))
+    if traffic["migrations"]:
+        table.add_row(
+            "moved to the new placement",
+            f"{traffic['experts_moved']} experts, {format_bytes(traffic['migration_bytes'])}",
+        )
     table.add_row("between nodes", format_bytes(traffic["bytes_between_nodes"]))
     rates = traffic["local_activation_rate"]
     if rates is not None:
@@ -105,6 +108,8 @@ def _figures(generation: ParallelGeneration) -> Table:
         )
         even = f"equal parts would have {rates['of_equal_parts']:.1%}"
         table.add_row("experts where tokens wait", f"{shares}; {even}")
+    if generation.request.check:
+        table.add_row("agrees with unmodified model", verdict(generation.parity))
     return table
 
 

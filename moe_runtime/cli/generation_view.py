@@ -11,7 +11,9 @@ from moe_runtime.cli.loading_view import LoadingView
 from moe_runtime.cli.terminal import Terminal
 from moe_runtime.expert_memory import format_bytes
 from moe_runtime.measure.completion import Completion
-from moe_runtime.measure.generation import Generation, GenerationRequest, run_generation
+from moe_runtime.measure.generation import Generation, run_generation
+from moe_runtime.measure.generation_request import GenerationRequest
+from moe_runtime.measure.parity import Parity
 from moe_runtime.measure.prompt import Prompt
 from moe_runtime.report.page import write_page
 
@@ -48,12 +50,7 @@ class _View(LoadingView):
         super().on_loaded(f"{name or model}: {placement}")
 
     def on_prompt(self, prompt: Prompt) -> None:
-        wanted = self._request.decoding.max_new_tokens
-        if prompt.max_new_tokens < wanted:
-            self.terminal.warn(
-                f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, so the model's context "
-                f"has room for {prompt.max_new_tokens} new ones, not {wanted}"
-            )
+        warn_if_cut_short(self.terminal, self._request, prompt)
         self.terminal.write(f"\n{prompt.text}", style="bold cyan")
 
     def on_text(self, text: str) -> None:
@@ -105,12 +102,22 @@ def _figures(generation: Generation) -> Table:
         f"{format_bytes(resident.rss_after_imports_bytes)} of it Python and its libraries",
     )
     if generation.request.check:
-        table.add_row("agrees with unmodified model", _verdict(generation))
+        table.add_row("agrees with unmodified model", verdict(generation.parity))
     return table
 
 
-def _verdict(generation: Generation) -> str:
-    parity = generation.parity
+def warn_if_cut_short(terminal: Terminal, request: GenerationRequest, prompt: Prompt) -> None:
+    """Say so where the model's context has less room than was asked for."""
+    wanted = request.decoding.max_new_tokens
+    if prompt.max_new_tokens < wanted:
+        terminal.warn(
+            f"prompt {prompt.index} has {len(prompt.token_ids)} tokens, so the model's context "
+            f"has room for {prompt.max_new_tokens} new ones, not {wanted}"
+        )
+
+
+def verdict(parity: Parity | None) -> str:
+    """What a check found, for a table; None where it did not come to an end."""
     if parity is None:
         return "[red]not known[/red]"
     colour, word = ("green", "yes") if parity.is_right else ("red", "no")

@@ -255,6 +255,23 @@ TablesOption = Annotated[
         rich_help_panel=RANKS_PANEL,
     ),
 ]
+MigrateOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A placement that all ranks go over to while they generate; see --migrate-after.",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
+MigrateAfter = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="With --migrate: behind so many forwards, each a token of every rank's prompts.",
+        rich_help_panel=RANKS_PANEL,
+    ),
+]
 TimeoutSeconds = Annotated[
     float | None,
     typer.Option(

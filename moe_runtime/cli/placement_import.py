@@ -64,6 +64,7 @@ def import_(
         known = None if like is None else _load_like(like)
         hints = PlacementHints(
             model=None if known is None else known.model,
+            checkpoint="" if known is None else known.checkpoint,
             num_experts=num_experts or (None if known is None else known.num_experts),
             layer_ids=None if known is None else known.layer_ids,
             num_hidden_layers=None if known is None else known.num_hidden_layers,

@@ -199,6 +199,10 @@ def solve(
     with terminal.waiting("judging"):
         learned = evaluate(placement, split.learn, costs)
         judged = evaluate(placement, split.held_out, costs) if split.held_out else None
+        placement = replace(
+            placement, made={**placement.made, "judged": _judged(judged, learned, counts.top_k)}
+        )
+        placement.save(output)
         if plot is not None:
             plot_placement(placement, split.held_out or split.learn, plot, topology=costs)
     if balance is not None and judged is not None:
@@ -237,6 +241,17 @@ def _write_tables(
     found = device_tables(placement, by_token, traces, theta=theta)
     names = [field.name for field in fields(found)]
     write_npz(file, [Member.of(name, getattr(found, name)) for name in names])
+
+
+def _judged(held_out: "Evaluation | None", learned: "Evaluation", top_k: int) -> dict[str, Any]:
+    """What dispatch `auto` may expect of the placement."""
+    found = held_out or learned
+    return {
+        "on": "held out" if held_out else "solved on",
+        "top_k": top_k,
+        "fanout": found.fanout,
+        "crossing_fraction": found.crossing_fraction,
+    }
 
 
 def _as_dict(result: "PlacementResult") -> dict[str, Any]:

@@ -48,8 +48,10 @@ def _table(found: "Interconnect") -> Table:
     table.add_column("what")
     for name in ("start", "then", "r squared"):
         table.add_column(name, justify="right")
-    for name in ("all_to_all", "all_gather", "reduce_scatter"):
+    for name in ("all_to_all", "all_gather", "reduce_scatter", "within_node", "between_nodes"):
         fit = getattr(found, name)
+        if fit is None:
+            continue
         rate = f"{1e-9 / fit.beta_seconds:.3g} GB/s" if fit.beta_seconds else ""
         table.add_row(name, f"{1e6 * fit.alpha_seconds:.3g} us", rate, f"{fit.r_squared:.4f}")
     fit = found.product

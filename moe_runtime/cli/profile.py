@@ -115,7 +115,7 @@ def profile(
     terminal = Terminal(as_json=as_json)
     with terminal.waiting("starting"):
         from moe_runtime.measure.decoding import Decoding
-        from moe_runtime.measure.generation import GenerationRequest
+        from moe_runtime.measure.generation_request import GenerationRequest
         from moe_runtime.measure.profile import ProfileRequest
         from moe_runtime.measure.profile import profile as run_profile
         from moe_runtime.report.profile_plots import check_plot_name, plot_profile

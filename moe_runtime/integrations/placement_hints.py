@@ -22,6 +22,7 @@ class PlacementHints:
     num_hidden_layers: int | None = None
     gpus: int | None = None
     nodes: int = 1
+    checkpoint: str = ""  # digest of the model's weights; "" unknown
 
     def placement(
         self,
@@ -51,6 +52,7 @@ class PlacementHints:
         try:
             return Placement(
                 model=self.model or "unknown",
+                checkpoint=self.checkpoint,
                 num_experts=self.num_experts or int(slots.max()) + 1,
                 num_hidden_layers=self.num_hidden_layers or last,
                 layer_ids=ids,

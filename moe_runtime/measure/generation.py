@@ -2,10 +2,9 @@
 
 import gc
 import statistics
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,70 +16,25 @@ from moe_runtime.errors import ParityError
 from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.install import make_policy
 from moe_runtime.integrations.transformers.progress import quiet_transformers
-from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
+from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.measure.bench.machine import describe_machine, describe_versions, git_commit
 from moe_runtime.measure.completion import Completion, complete
-from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.fast_parity import MIN_POSITIONS
-from moe_runtime.measure.forced import ForcedLogits, forced_logits
-from moe_runtime.measure.parity import Parity, Reference, check_fast_parity, check_parity
-from moe_runtime.measure.planned_load import OFF, load
+from moe_runtime.measure.forced import forced_logits
+from moe_runtime.measure.generation_check import (
+    compare_with_unmodified,
+    greedy_in_float32,
+    needs_float32,
+    needs_forced_logits,
+)
+from moe_runtime.measure.generation_request import GenerationRequest, load_requested
+from moe_runtime.measure.parity import Parity
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.measure.run_prediction import RunPrediction, predict_run
-from moe_runtime.memory.packed_folder import is_packed
-from moe_runtime.memory.unpack_folder import unpack_folder
 from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.step_cost import StepCost
 from moe_runtime.recording.run_record import RunRecord
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
-    """What to run, and in how much memory; the arguments of `load()` mean what they mean there.
-
-    With `report`, the file of a page, the run is recorded; with `hardware`, a file of rates, what
-    it should have taken is predicted, too.
-    """
-
-    model: str
-    prompts: Sequence[str]
-    decoding: Decoding
-    expert_memory: str = "auto"
-    host_memory: str = "auto"
-    miss: str = "auto"
-    policy: str = "lru"
-    predictor: str = "off"
-    warm_start: bool = True
-    expert_slots: str = "auto"
-    expert_dtype: str = "auto"
-    page_cache: bool = False
-    exact: bool = False
-    linears: bool = False
-    max_memory: Mapping[int | str, int | str] | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    chat: bool = False
-    check: bool = False
-    placement: str | None = None
-    dispatch: str | None = None
-    payload: str = "exact"
-    pipeline: int | str = 1
-    attention: str | None = None
-    tables: str | None = None
-    timeout_seconds: float | None = None
-    plan: str = OFF
-    explicit: tuple[str, ...] = ()  # fields that were given and that a plan must leave as they are
-    report: str | None = None
-    hardware: str | None = None
-
-    @property
-    def is_parallel(self) -> bool:
-        """Whether ranks are to share the experts."""
-        options = (self.placement, self.dispatch, self.attention, self.tables)
-        return any(option is not None for option in options)
 
 
 class Listener(Protocol):
@@ -229,7 +183,7 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
                 if hardware is not None:
                     prediction = _predict(record, hardware, owner)
             forced = []
-            if request.check and not request.exact and report["settings"]["dtype"] != "float32":
+            if needs_forced_logits(request, report):
                 listener.on_check()
                 forced = forced_logits(model, completions, min_positions=MIN_POSITIONS)
     resident = ResidentMemory(
@@ -243,7 +197,10 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
     if request.check:
         listener.on_check()
         try:
-            parity = _check(request, resolved, tokenizer, completions, forced, report)
+            greedy = completions
+            if needs_float32(request, report):
+                greedy = greedy_in_float32(request, resolved, tokenizer, completions, report)
+            parity = compare_with_unmodified(request, resolved, greedy, forced, report)
         except ParityError as error:  # what was generated is not lost with it
             parity_error = error
     return Generation(
@@ -273,38 +230,6 @@ def _predict(record: RunRecord, hardware: Hardware, owner: Handle) -> RunPredict
     )
 
 
-def load_requested(request: GenerationRequest, resolved: ResolvedModel) -> PreTrainedModel:
-    """The model as the request wants it."""
-    arguments = {
-        "expert_memory": request.expert_memory,
-        "host_memory": request.host_memory,
-        "miss": request.miss,
-        "policy": request.policy,
-        "predictor": request.predictor,
-        "warm_start": request.warm_start,
-        "expert_slots": request.expert_slots,
-        "expert_dtype": request.expert_dtype,
-        "page_cache": request.page_cache,
-        "exact": request.exact,
-        "linears": request.linears,
-        "max_memory": request.max_memory,
-        "device_map": request.device,
-        "placement": request.placement,
-        "dispatch": request.dispatch,
-        "attention": request.attention,
-        "tables": request.tables,
-        "payload": request.payload,
-        "pipeline": request.pipeline,
-        "timeout_seconds": request.timeout_seconds,
-        "trust_remote_code": request.trust_remote_code,
-        "dtype": request.dtype,
-    }
-    if request.plan != OFF:
-        names = {"device_map" if name == "device" else name for name in request.explicit}
-        arguments = {name: value for name, value in arguments.items() if name in names}
-    return load(resolved.folder, plan=request.plan, **arguments)
-
-
 def _complete_all(
     request: GenerationRequest,
     model: PreTrainedModel,
@@ -326,68 +251,3 @@ def _complete_all(
         listener.on_completion(completion)
         completions.append(completion)
     return completions
-
-
-def _check(
-    request: GenerationRequest,
-    resolved: ResolvedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    completions: Sequence[Completion],
-    forced: Sequence[ForcedLogits],
-    report: Mapping[str, Any],
-) -> Parity:
-    with _reference_folder(resolved.folder) as folder:
-        reference = Reference(
-            folder=folder,
-            dtype=request.dtype,
-            effective_dtype=report["settings"]["dtype"],
-            device=report["settings"]["device"],
-            trust_remote_code=request.trust_remote_code,
-            quantisation=resolved.quantisation,
-        )
-        if request.exact:
-            return check_parity(completions, request.decoding, reference)
-        is_greedy = request.decoding.temperature == 0 and not request.decoding.stop
-        if reference.effective_dtype != "float32" or not is_greedy:
-            completions = _greedy_in_float32(request, resolved, tokenizer, completions, report)
-        return check_fast_parity(completions, forced, reference, expert_dtype=request.expert_dtype)
-
-
-@contextmanager
-def _reference_folder(folder: Path) -> Iterator[Path]:
-    """What unmodified transformers can read: a packed model is restored, for as long as needed."""
-    if not is_packed(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="moe-runtime-unpacked-") as restored:
-        yield unpack_folder(folder, Path(restored, folder.name)).folder
-
-
-def _greedy_in_float32(
-    request: GenerationRequest,
-    resolved: ResolvedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    completions: Sequence[Completion],
-    report: Mapping[str, Any],
-) -> list[Completion]:
-    """The same prompts through at least the same number of slots, with twice the bytes."""
-    memory = report["memory"]
-    wide = replace(
-        request,
-        dtype="float32",
-        expert_memory=str(
-            2 * max(memory["expert_used_bytes"], report["cache"]["slots"] * memory["expert_bytes"])
-        ),
-        expert_slots="auto",
-        expert_dtype="auto",  # rounds bfloat16 weights alone; the logits below are judged with it
-        max_memory=None,
-        plan=OFF,
-        predictor="off",
-        warm_start=False,
-        check=False,
-    )
-    decoding = Decoding(max_new_tokens=request.decoding.max_new_tokens)
-    with quiet_transformers(lambda done, total: None):
-        model = load_requested(wide, resolved)
-        with closing(handle(model)):
-            return [complete(model, tokenizer, one.prompt, decoding) for one in completions]

@@ -1,46 +1,32 @@
-"""Prompts shared out among the ranks that run one model together."""
+"""What the ranks that ran one model together made of a request."""
 
-import hashlib
-import json
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from types import FrameType
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from moe_runtime.errors import ParallelError
-from moe_runtime.integrations.transformers.handle import handle
-from moe_runtime.integrations.transformers.progress import quiet_transformers
-from moe_runtime.integrations.transformers.resolve import resolve_model
-from moe_runtime.measure.completion import complete
-from moe_runtime.measure.decoding import Decoding
-from moe_runtime.measure.generation import GenerationRequest, Listener, load_requested
-from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
-from moe_runtime.measure.process_reads import read_from_disk_bytes
-from moe_runtime.measure.prompt import Prompt, read_prompts
-from moe_runtime.parallel.expert_parallel import ExpertParallel
-from moe_runtime.parallel.world import check_agreement
-from moe_runtime.placement.cocluster import DeviceTables
-from moe_runtime.placement.share_requests import share_requests
+from moe_runtime.errors import ParityError
+from moe_runtime.measure.generation_request import GenerationRequest
+from moe_runtime.measure.parity import Parity
 
 _SAME_ON_ALL = (
     "ranks", "nodes", "dispatch", "payload", "chosen", "expected_bytes", "forwards",
-    "forwards_by_chunks", "experts_moved",
+    "forwards_by_chunks", "migrations", "experts_moved",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelGeneration:
-    """What all ranks made of a request; every rank has all of it."""
+    """What all ranks made of a request; every rank has all of it, and rank 0 the verdict.
+
+    `parity` is None where no check was asked for, one failed to run, or a stop came before.
+    """
 
     request: GenerationRequest
     by_rank: list[dict[str, Any]]  # results, report and resident memory of each rank
     num_prompts: int
-    rank: int
+    parity: Parity | None
+    parity_error: ParityError | None
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -59,6 +45,13 @@ class ParallelGeneration:
         reasons = {result["finish_reason"] for result in self.results}
         return "terminated" in reasons or len(self.results) < self.num_prompts
 
+    def require_parity(self) -> None:
+        """Raise ParityError if a check was asked for and did not end well; on rank 0."""
+        if self.parity_error is not None:
+            raise self.parity_error
+        if self.parity is not None:
+            self.parity.require()
+
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints."""
         request = asdict(self.request)
@@ -66,8 +59,10 @@ class ParallelGeneration:
         decoding = request.pop("decoding")
         first = self.by_rank[0]["report"]
         versions = {name: version(name) for name in ("torch", "transformers")}
+        check = {"parity": self.parity.as_dict() if self.parity else None}
         return {
             "results": self.results,
+            **(check if self.request.check else {}),
             "is_terminated": self.is_terminated,
             "parallel": self.traffic(),
             "ranks": [
@@ -110,71 +105,6 @@ class ParallelGeneration:
         }
 
 
-def run_parallel_generation(request: GenerationRequest, listener: Listener) -> ParallelGeneration:
-    """Load this rank's share of the experts, run its share of the prompts, gather all results.
-
-    Prompt i runs on rank i modulo the number of ranks, or where tables say that its experts are;
-    with tensor-parallel attention on all. Every rank calls this with the same request.
-    SIGTERM lets each rank end at its next token, on all ranks, with what was written so far.
-    """
-    if request.check:
-        raise ParallelError(
-            "a check compares one process with the unmodified model, and ranks share this one; "
-            "leave out --check, or --placement and --dispatch"
-        )
-    after_imports = resident_bytes()
-    resolved = resolve_model(
-        request.model, revision=request.revision, trust_remote_code=request.trust_remote_code
-    )
-    with quiet_transformers(listener.on_loading):
-        tokenizer, prompts = read_prompts(
-            resolved.folder,
-            resolved.config,
-            request.prompts,
-            max_new_tokens=request.decoding.max_new_tokens,
-            chat=request.chat,
-            trust_remote_code=request.trust_remote_code,
-        )
-        model = load_requested(request, resolved)
-        owner = handle(model)
-        parallel = owner.parallel
-        assert parallel is not None
-        with closing(owner), _stop_on_sigterm(parallel):
-            listener.on_loaded(owner.placement())
-            request = _agree(parallel, request)
-            rank, num_ranks = parallel.world.rank, parallel.world.num_ranks
-            is_everywhere = request.attention == "tensor"
-            ranks = _ranks_of(prompts, request.tables, num_ranks)
-            mine = [p for p, g in zip(prompts, ranks, strict=True) if is_everywhere or g == rank]
-            results = _complete_mine(model, tokenizer, mine, request.decoding, parallel, listener)
-            if is_everywhere and rank:
-                results = []  # rank 0 has the same
-            parallel.finish()
-            said = {
-                "results": results,
-                "report": owner.report(),
-                "resident": {
-                    "rss_after_imports_bytes": after_imports,
-                    "peak_rss_bytes": peak_resident_bytes(),
-                    "read_from_disk_bytes": read_from_disk_bytes(),
-                },
-            }
-            texts = parallel.world.ledger.gather_texts(json.dumps(said))
-    return ParallelGeneration(
-        request=request,
-        by_rank=[json.loads(text) for text in texts],
-        num_prompts=len(prompts),
-        rank=rank,
-    )
-
-
-def _ranks_of(prompts: Sequence[Prompt], tables: str | None, num_ranks: int) -> list[int]:
-    """The rank of each prompt; ranks get equally many, or one more."""
-    if tables is None:
-        return [number % num_ranks for number in range(len(prompts))]
-    return share_requests([prompt.token_ids for prompt in prompts], DeviceTables.load(tables))
-
-
 def _local_rates(activations: Sequence[dict[str, int]]) -> dict[str, float | None] | None:
     """Shares of (token, expert) pairs whose expert is where the token is; None if not counted."""
     total = {name: sum(one[name] for one in activations) for name in activations[0]}
@@ -187,47 +117,3 @@ def _local_rates(activations: Sequence[dict[str, int]]) -> dict[str, float | Non
         for name in ("seen", "unseen")
     }
     return rates | {"of_equal_parts": 1 / len(activations)}
-
-
-def _agree(parallel: ExpertParallel, request: GenerationRequest) -> GenerationRequest:
-    """The same prompts and settings on all ranks; the seed is that of rank 0."""
-    ledger = parallel.world.ledger
-    seed = int(ledger.gather_texts(str(request.decoding.seed))[0])
-    request = replace(request, decoding=replace(request.decoding, seed=seed))
-    prompts = hashlib.sha256(json.dumps(list(request.prompts)).encode()).hexdigest()
-    facts = {"prompts": prompts[:16], "generation settings": repr(request.decoding)}
-    check_agreement(ledger, facts)
-    return request
-
-
-def _complete_mine(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    decoding: Decoding,
-    parallel: ExpertParallel,
-    listener: Listener,
-) -> list[dict[str, Any]]:
-    results = []
-    for prompt in prompts:
-        if parallel.is_stop_asked:
-            break
-        listener.on_prompt(prompt)
-        completion = complete(
-            model, tokenizer, prompt, decoding, is_stop_asked=lambda: parallel.is_stop_asked
-        )
-        listener.on_completion(completion)
-        results.append(completion.as_dict() | {"rank": parallel.world.rank})
-    return results
-
-
-@contextmanager
-def _stop_on_sigterm(parallel: ExpertParallel) -> Iterator[None]:
-    def stop(number: int, frame: FrameType | None) -> None:
-        parallel.ask_to_stop()
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

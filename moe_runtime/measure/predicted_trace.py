@@ -99,6 +99,7 @@ def predict_trace(
         "domain": np.array(domains, np.str_)[of_row],
         "num_experts": of.num_experts,
         "model": of.model,
+        "checkpoint": of.checkpoint,
     }
     if of.layer_ids:
         fields |= {

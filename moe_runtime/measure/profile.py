@@ -20,7 +20,7 @@ from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
 from moe_runtime.measure.forced_steps import ForcedSteps, token_rows
-from moe_runtime.measure.generation import GenerationRequest, load_requested
+from moe_runtime.measure.generation_request import GenerationRequest, load_requested
 from moe_runtime.measure.launch_times import tklqt_seconds, transition_batch
 from moe_runtime.measure.profiler_events import RANGE, of_category, read_events
 from moe_runtime.measure.prompt import read_prompts

@@ -39,7 +39,8 @@ class RoutingRecorder:
 
     Hooks see what the experts of each layer are given, so nothing is computed twice and the model's
     results stay the same; outside the `with` there are no hooks. `hidden` records what each router
-    saw, in float16, where values beyond 65504 become 65504. `name` is the model's, for the trace.
+    saw, in float16, where values beyond 65504 become 65504. `name` is the model's, for the trace,
+    and `checkpoint` the digest of its weights, "" unknown.
 
     A forward without a cache, or with an empty one, starts new sequences; one that continues a
     cache continues the sequences of it. Rows of a batch that its attention mask hides are padding.
@@ -56,6 +57,7 @@ class RoutingRecorder:
         writer: TraceWriter,
         *,
         name: str,
+        checkpoint: str = "",
         hidden: bool = False,
         end_token_ids: Collection[int] = (),
     ) -> None:
@@ -68,6 +70,7 @@ class RoutingRecorder:
             "layer_ids": layer_ids(self._sites),
             "num_hidden_layers": num_hidden_layers(model, self._sites),
             "model": name,
+            "checkpoint": checkpoint,
         }
         self._with_hidden = hidden
         self._end_token_ids = frozenset(end_token_ids)

@@ -17,6 +17,7 @@ from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.measure.decoding import Decoding
 from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.measure.routing_recorder import RoutingRecorder
+from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.trace_writer import TraceWriter
 
 
@@ -113,9 +114,20 @@ def record_trace(request: RecordingRequest, listener: RecordingListener) -> Reco
             # The folder's name, not its place: a trace may be read on another machine.
             path = Path(request.model)
             name = path.resolve().name if path.is_dir() else request.model
+            # A packed checkpoint has other bytes than its original.
+            is_packed = owner.settings.packed_on_disk
+            checkpoint = "" if is_packed else checkpoint_digest(resolved.folder)
             with TraceWriter(request.output) as writer:
                 started = time.perf_counter()
-                _run(request, model, tokenizer, prompts, writer, name, listener)
+                recorder = RoutingRecorder(
+                    model,
+                    writer,
+                    name=name,
+                    checkpoint=checkpoint,
+                    hidden=request.hidden,
+                    end_token_ids=_end_token_ids(model),
+                )
+                _run(request, model, tokenizer, prompts, recorder, writer, listener)
                 seconds = time.perf_counter() - started
             return Recording(
                 output=request.output,
@@ -132,15 +144,10 @@ def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
+    recorder: RoutingRecorder,
     writer: TraceWriter,
-    name: str,
     listener: RecordingListener,
 ) -> None:
-    ends = model.generation_config.eos_token_id
-    end_token_ids = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    recorder = RoutingRecorder(
-        model, writer, name=name, hidden=request.hidden, end_token_ids=end_token_ids
-    )
     try:
         with recorder:
             for start in range(0, len(prompts), request.batch_size):
@@ -153,6 +160,11 @@ def _run(
         if writer.num_tokens:
             listener.on_cut_short(writer.partial_path, writer.num_tokens)
         raise
+
+
+def _end_token_ids(model: PreTrainedModel) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
 def _generate(

@@ -6,7 +6,6 @@ T tokens of this rank, S copies of them that are sent, R rows to compute here, K
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from moe_runtime.parallel.dispatcher import Rows
@@ -90,10 +89,7 @@ class AllToAllDispatcher:
         sent = [0 if g == rank else count for g, count in enumerate(visits.counts)]
         received = [0 if g == rank else count for g, count in enumerate(counts_here)]
         size = rows.row_bytes(self._payload)
-        self._ledger.expect(
-            layer,
-            (np.array(sent) * size.routed + np.array(received) * size.hidden).tolist(),
-        )
+        self._ledger.expect(layer, [count * size.routed for count in sent])
 
         def select(token_n: torch.Tensor, rank_n: torch.Tensor | int) -> Rows:
             is_there = visits.owner[token_n] == rank_n
@@ -118,6 +114,7 @@ class AllToAllDispatcher:
         """Partial sums back to the tokens' ranks."""
         num_own = len(state.own_tokens)
         away = self._payload.encode(output_RD[num_own:])
+        self._ledger.expect(state.layer, [count * away.shape[1] for count in state.received])
         packed = self._ledger.all_to_all(state.layer, away, state.received, state.sent)
         back = self._payload.decode(packed, output_RD.dtype)
         wide = torch.promote_types(output_RD.dtype, torch.float32)

@@ -11,7 +11,8 @@ import torch
 from moe_runtime.parallel.coherent import CoherentDispatcher, Travellers
 from moe_runtime.parallel.context import SharedContext
 from moe_runtime.parallel.dispatcher import Rows
-from moe_runtime.parallel.expert_parallel import ExpertParallel, Step
+from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.forward_step import Step
 from moe_runtime.parallel.ledger import CONTEXT
 from moe_runtime.parallel.traffic import NUMBER_BYTES
 

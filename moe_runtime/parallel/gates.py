@@ -32,64 +32,62 @@ class Gate(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SoftmaxGate:
+class _LinearGate:
+    """A row of `weight_ED` for each expert."""
+
+    weight_ED: torch.Tensor
+    top_k: int
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.weight_ED)
+
+    def _logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        return _project(hidden_TD, self.weight_ED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SoftmaxGate(_LinearGate):
     """Probabilities over all experts, of which the K largest count.
 
     p = softmax(h W^T); weights p_k, divided by their sum with `normalize` (Mixtral; Switch
     Transformers, arXiv 2101.03961, equation 2, with K = 1 and not normalised).
     """
 
-    weight_ED: torch.Tensor
-    top_k: int
     normalize: bool
 
-    @property
-    def num_experts(self) -> int:
-        return len(self.weight_ED)
-
     def __call__(self, hidden_TD: torch.Tensor) -> Routing:
-        return _best(_logits(hidden_TD, self.weight_ED).softmax(1), self.top_k, self.normalize)
+        return _best(self._logits(hidden_TD).softmax(1), self.top_k, self.normalize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class GShardGate:
+class GShardGate(_LinearGate):
     """Softmax over the logits of the K largest alone (GShard, arXiv 2006.16668, section 2.2).
 
     As in inference: the noise on logits, the chance by which a second expert is skipped, and the
     capacity that drops tokens are for training, and are left out. Equals SoftmaxGate, normalised.
     """
 
-    weight_ED: torch.Tensor
     top_k: int = 2
 
-    @property
-    def num_experts(self) -> int:
-        return len(self.weight_ED)
-
     def __call__(self, hidden_TD: torch.Tensor) -> Routing:
-        logits_TE = _logits(hidden_TD, self.weight_ED)
+        logits_TE = self._logits(hidden_TD)
         best_TK, index_TK = logits_TE.topk(self.top_k, dim=1)
         return Routing(index_TK, best_TK.softmax(1), logits_TE.softmax(1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class SigmoidGate:
+class SigmoidGate(_LinearGate):
     """Each expert by itself: s = sigmoid(h W^T), weights s_k of the K largest.
 
     BASE layers (arXiv 2103.16716, equation 1) with K = 1; DeepSeek-V3 (arXiv 2412.19437, equation
     15) divides by their sum with `normalize`.
     """
 
-    weight_ED: torch.Tensor
-    top_k: int
     normalize: bool
 
-    @property
-    def num_experts(self) -> int:
-        return len(self.weight_ED)
-
     def __call__(self, hidden_TD: torch.Tensor) -> Routing:
-        return _best(_logits(hidden_TD, self.weight_ED).sigmoid(), self.top_k, self.normalize)
+        return _best(self._logits(hidden_TD).sigmoid(), self.top_k, self.normalize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,7 +107,7 @@ class XMoEGate:
         return len(self.embedding_EP)
 
     def __call__(self, hidden_TD: torch.Tensor) -> Routing:
-        h_TP = functional.normalize(_logits(hidden_TD, self.projection_PD), dim=1)
+        h_TP = functional.normalize(_project(hidden_TD, self.projection_PD), dim=1)
         v_EP = functional.normalize(_wide(self.embedding_EP), dim=1)
         cosines_TE = h_TP @ v_EP.t()
         return _best((cosines_TE / self.temperature).softmax(1), self.top_k, normalize=False)
@@ -119,8 +117,8 @@ def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _logits(hidden_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
-    return functional.linear(_wide(hidden_TD), _wide(weight_ED))
+def _project(hidden_TD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return functional.linear(_wide(hidden_TD), _wide(weight))
 
 
 def _best(scores_TE: torch.Tensor, top_k: int, normalize: bool) -> Routing:

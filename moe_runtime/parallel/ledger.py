@@ -147,6 +147,15 @@ class Ledger:
             bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)
         ]
 
+    def gather_on_first(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank on rank 0, and none on the others."""
+        others = [0] * (self.num_ranks - 1)
+        come = self.exchange_counts(CONTROL, [len(data), *others])
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        came = self.all_to_all(CONTROL, mine, [len(data), *others], come).cpu()
+        parts = torch.split(came, come) if self.rank == 0 else ()
+        return [part.numpy().tobytes() for part in parts]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self._run("barrier", CONTROL, lambda: distributed.barrier(group=self._group))

@@ -50,7 +50,8 @@ class ExpertPlan:
     """The placement as one rank sees it.
 
     `nearest` chooses for this rank's own tokens: itself if it holds the expert, else its node, else
-    any; `any_holder` is the same on every rank, for tokens that every rank knows.
+    any; `any_holder` is the same on every rank, for tokens that every rank knows. In a steady plan
+    `nearest` has one holder of each expert, and ranks take turns instead of tokens.
     """
 
     placement: Placement
@@ -61,9 +62,10 @@ class ExpertPlan:
     held: Array  # [L, E] bool: whether this rank holds an expert
     nearest: RankChoice
     any_holder: RankChoice
+    is_steady: bool
 
     @classmethod
-    def of(cls, placement: Placement, rank: int) -> "ExpertPlan":
+    def of(cls, placement: Placement, rank: int, *, is_steady: bool = False) -> "ExpertPlan":
         """Rank g is the placement's GPU g."""
         hosts = placement.hosts().transpose(0, 2, 1)  # [L, E, G]
         per_node = placement.gpus // placement.nodes
@@ -74,6 +76,9 @@ class ExpertPlan:
         on_rank[..., rank] = hosts[..., rank]
         may = np.where(on_node.any(axis=2, keepdims=True), on_node, hosts)
         may = np.where(on_rank.any(axis=2, keepdims=True), on_rank, may)
+        if is_steady:
+            turn = rank % may.sum(axis=2, keepdims=True)
+            may = may & (may.cumsum(axis=2) == turn + 1)
         return cls(
             placement=placement,
             rank=rank,
@@ -83,6 +88,7 @@ class ExpertPlan:
             held=hosts[..., rank].copy(),
             nearest=RankChoice.of(may),
             any_holder=RankChoice.of(hosts),
+            is_steady=is_steady,
         )
 
     @property
@@ -92,7 +98,13 @@ class ExpertPlan:
 
 
 def linear_placement(
-    *, model: str, num_experts: int, num_layers: int, num_ranks: int, num_nodes: int = 1
+    *,
+    model: str,
+    num_experts: int,
+    num_layers: int,
+    num_ranks: int,
+    num_nodes: int = 1,
+    checkpoint: str = "",
 ) -> Placement:
     """Expert e on rank e // (E / G) in every layer. Raises PlacementError if E / G is not whole."""
     if num_experts % num_ranks:
@@ -108,14 +120,19 @@ def linear_placement(
         gpus=num_ranks,
         nodes=num_nodes,
         slots=np.tile(np.arange(num_experts), (num_layers, 1)),
+        checkpoint=checkpoint,
         made={"solver": "linear"},
     )
 
 
 def check_placement(
-    placement: Placement, *, num_experts: int, num_layers: int, num_ranks: int
+    placement: Placement, *, num_experts: int, num_layers: int, num_ranks: int, checkpoint: str
 ) -> None:
-    """Raise PlacementError unless the placement is for such a model on so many ranks."""
+    """Raise PlacementError unless the placement is for such a model on so many ranks.
+
+    `checkpoint` is the digest of the model's weights; where it or the placement's is "", unknown,
+    shapes alone decide.
+    """
     if placement.gpus != num_ranks:
         raise PlacementError(
             f"the placement is for {placement.gpus} GPUs and there are {num_ranks} ranks; start "
@@ -126,4 +143,10 @@ def check_placement(
             f"the placement, made for {placement.model or 'a model without name'}, has "
             f"{placement.num_layers} MoE layers of {placement.num_experts} experts, and this model "
             f"{num_layers} of {num_experts}; solve one from a trace of this model"
+        )
+    if "" not in (placement.checkpoint, checkpoint) and placement.checkpoint != checkpoint:
+        raise PlacementError(
+            f"the placement belongs to another model of the same shape: it was made for "
+            f"{placement.model or 'a model without name'}, checkpoint {placement.checkpoint}, and "
+            f"this is checkpoint {checkpoint}; solve one from a trace of this model"
         )

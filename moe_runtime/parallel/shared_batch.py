@@ -8,8 +8,8 @@ import torch
 
 from moe_runtime.parallel.alltoall import AllToAllDispatcher, Visits
 from moe_runtime.parallel.dispatcher import Rows
-from moe_runtime.parallel.expert_parallel import ComputeExperts
 from moe_runtime.parallel.ledger import Ledger
+from moe_runtime.parallel.ordered_exchange import ComputeExperts
 from moe_runtime.parallel.plan import ExpertPlan
 from moe_runtime.parallel.traffic import COUNT_BYTES, shared_slices_bytes, shared_sums_bytes
 

@@ -17,7 +17,9 @@ class Interconnect:
     """Of collectives n is the bytes that leave a rank; of products, floating-point operations.
 
     A product is of rows with one weight matrix of `weight_shape`, which it reads whole: so its
-    alpha is for that matrix, and grows with its size.
+    alpha is for that matrix, and grows with its size. `within_node` and `between_nodes` are
+    all-to-alls among the ranks of a node, and among one rank of each; None on one node, or with a
+    rank a node.
     """
 
     measured_on: date
@@ -31,6 +33,8 @@ class Interconnect:
     all_gather: AlphaBeta
     reduce_scatter: AlphaBeta
     product: AlphaBeta
+    within_node: AlphaBeta | None = None
+    between_nodes: AlphaBeta | None = None
 
     @classmethod
     def load(cls, path: Path) -> "Interconnect":

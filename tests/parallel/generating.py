@@ -143,6 +143,60 @@ def generate_with(
     return {"tokens": tokens, "report": report}
 
 
+def exact_logits(
+    mesh: DeviceMesh,
+    folder: str,
+    prompts_by_rank: list[list[list[int]]],
+    new_tokens: int,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Logits of this rank's prompts in the checkpoint's dtype, and what was sent for them."""
+    model = moe_runtime.load(folder, mesh=mesh, exact=True, **options)
+    handle = moe_runtime.handle(model)
+    assert handle.parallel is not None
+    logits = generate_logits(model, prompts_by_rank[mesh.get_local_rank()], new_tokens)
+    handle.parallel.finish()
+    report = handle.report()
+    handle.close()
+    return {"logits": logits, "parallel": report["parallel"]}
+
+
+def prompt_logits(
+    mesh: DeviceMesh, folder: str, prompts: list[list[int]], options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """`[tokens, vocab]` of every G-th prompt, from this rank on, in the checkpoint's dtype.
+
+    With tensor-parallel attention of every prompt.
+    """
+    model = moe_runtime.load(folder, mesh=mesh, expert_memory="100%", **options)
+    handle = moe_runtime.handle(model)
+    assert handle.parallel is not None
+    step = 1 if options.get("attention") == "tensor" else mesh.size()
+    mine = prompts[mesh.get_local_rank() % step :: step]
+    with torch.no_grad():
+        logits = [model(torch.tensor([prompt]), use_cache=True).logits[0] for prompt in mine]
+    handle.parallel.finish()
+    handle.close()
+    return logits
+
+
+def generate_logits(model: Any, prompts: list[list[int]], new_tokens: int) -> list[torch.Tensor]:
+    """`[new tokens, vocab]` of each prompt, which runs alone."""
+    found = []
+    for prompt in prompts:
+        inputs = torch.tensor([prompt])
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        found.append(torch.cat(output.logits))
+    return found
+
+
 def continue_padded(
     mesh: DeviceMesh | None, folder: str, prompts: list[list[int]], new_tokens: int
 ) -> Any:

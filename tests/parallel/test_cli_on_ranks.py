@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_runtime.cli.demo import CHECKPOINT
 from moe_runtime.measure.probe import collectives
 from moe_runtime.measure.probe.collectives import CollectiveSizes
 from moe_runtime.placement_map import Placement
@@ -172,9 +174,64 @@ def test_tables_share_prompts_out_or_move_rows_between_shares_of_attention(
         assert sorted(prompts) == ([0, 3] if attention == "tensor" else [1, 2])
 
 
-def test_a_check_is_refused_with_ranks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    outcome = run_here(capsys, "generate", folder, "--prompt", "a", "--dispatch", "auto", "--check")
-    assert "leave out --check, or --placement and --dispatch" in outcome.error()
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        (("--dispatch", "auto"), "fast"),
+        (("--dispatch", "auto", "--exact"), "exact"),
+        (("--attention", "tensor", "--dtype", "float32"), "fast"),
+    ],
+    ids=["fast", "exact", "tensor"],
+)
+def test_a_check_compares_all_ranks_with_the_unmodified_model(
+    prompts_file: Path, options: tuple[str, ...], mode: str
+) -> None:
+    """Law: tokens and logits of every prompt, wherever it ran; the figures are of the run alone."""
+    given = ("--prompts", prompts_file, "--max-new-tokens", "3", *options, "--check", "--json")
+    outcome = torchrun("generate", CHECKPOINT, *given, num_ranks=2)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    parity = found["parity"]
+    assert parity["mode"] == mode
+    assert parity["tokens_compared"] == 3 * len(PROMPTS)
+    assert sorted(result["index"] for result in found["results"]) == [0, 1, 2]
+    if mode == "exact":
+        assert parity["identical"] is True
+        assert parity["max_abs_logit_diff"] == 0
+    else:
+        assert parity["greedy_tokens_equal"] is True
+        assert parity["positions"] >= (0 if "float32" in options else 200)
+        assert found["parallel"]["forwards"] == (9 if "tensor" in options else 6)
+
+
+def test_experts_move_while_texts_are_written(
+    folder: Path, prompts_file: Path, found: dict[str, Any]
+) -> None:
+    """Law: the same texts, and every expert that another rank holds from then on is counted."""
+    # Experts were in descending order: all but the middle ones of an odd number change places.
+    even = np.tile(np.array([0, 1, 5, 2, 3, 4]), (NUM_LAYERS, 1))
+    placement = replace(Placement.load(folder / "placement.json"), slots=even)
+    placement.save(folder / "other.json")
+    files = ("--placement", folder / "placement.json", "--migrate", folder / "other.json")
+    given = (*files, "--prompts", prompts_file, *OPTIONS)
+    outcome = torchrun("generate", folder, *given, "--migrate-after", "3", "--json", num_ranks=2)
+    assert outcome.code == 0, outcome.err
+    one = json.loads(outcome.out)
+    assert [r["text"] for r in one["results"]] == [r["text"] for r in found["results"]]
+    assert one["parallel"]["migrations"] == 1
+    assert one["parallel"]["experts_moved"] == 2 * NUM_LAYERS
+    late = torchrun("generate", folder, *given, "--migrate-after", "99", num_ranks=2)
+    assert late.code == 0, late.err
+    assert "--migrate-after 99 was not reached: there were 10 forwards" in late.err
+
+
+def test_a_migration_needs_ranks_and_a_placement(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    alone = run_here(capsys, "generate", folder, "--prompt", "a", "--migrate", "other.json")
+    assert "--migrate other.json has no effect on one process" in alone.error()
+    nothing = run_here(capsys, "generate", folder, "--prompt", "a", "--migrate-after", "3")
+    assert "--migrate-after 3 has no effect alone; name a placement" in nothing.error()
 
 
 def test_the_scripts_are_shell() -> None:

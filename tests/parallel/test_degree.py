@@ -133,9 +133,10 @@ def test_chunks_change_no_token(
             assert any(int(chunks) > 1 for chunks in parallel["forwards_by_chunks"])
 
 
-def probe(mesh: DeviceMesh) -> Interconnect:
+def probe(mesh: DeviceMesh, num_nodes: int) -> Interconnect:
     """A short measurement; its messages stand in books of their own."""
     world = World.join(mesh)
+    world.ledger.num_nodes = num_nodes
     before = world.ledger.sent()[CONTROL]
     sizes = CollectiveSizes(
         num_bytes=(4096, 65536, 262144), rows=(1, 16, 64), weight_shape=(64, 64), repeats=2
@@ -145,10 +146,14 @@ def probe(mesh: DeviceMesh) -> Interconnect:
     return found
 
 
+@pytest.mark.parametrize("num_nodes", [1, 2])
 def test_a_probe_is_the_same_on_all_ranks_and_survives_its_file(
-    pool: RankPool, tmp_path: Path
+    pool: RankPool, tmp_path: Path, num_nodes: int
 ) -> None:
-    found = pool.run(probe, num_ranks=4)
+    """Law: with links within and between nodes apart, where there are both."""
+    found = pool.run(probe, num_nodes, num_ranks=4)
+    assert (found[0].within_node is not None) is (num_nodes == 2)
+    assert (found[0].between_nodes is not None) is (num_nodes == 2)
     assert all(one == found[0] for one in found)
     assert (found[0].ranks, found[0].backend, found[0].dtype) == (4, "gloo", "float32")
     path = tmp_path / "interconnect.yaml"

@@ -3,15 +3,20 @@
 import socket
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from torch import distributed
 
 import moe_runtime
 from moe_runtime.errors import ParallelError, PlacementError
 from moe_runtime.integrations.transformers.load import load
+from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.parallel.world import World
+from moe_runtime.placement_map import Placement
 from tests.command_line import ROOT, environment, run_here
 from tests.parallel.rank_pool import free_port
 from tests.placements import small_placement
@@ -90,7 +95,11 @@ def test_torchrun_without_an_option_is_refused(
     [
         ({"timeout_seconds": 5.0}, "timeout_seconds has no effect on one process"),
         ({"payload": "int8"}, "payload='int8' has no effect on one process"),
-        ({"dispatch": "auto", "exact": True}, "exact=True promises the bits of one process"),
+        ({"dispatch": "allreduce", "exact": True}, "allreduce cannot give: a collective adds up"),
+        ({"dispatch": "hierarchical", "exact": True}, "partial sums are added up on their way"),
+        ({"dispatch": "coherent", "exact": True}, "attention runs with rows of other prompts"),
+        ({"attention": "tensor", "exact": True}, "attention 'tensor' cannot give: heads of"),
+        ({"dispatch": "auto", "exact": True, "payload": "int8"}, "payload='int8' cannot give: row"),
         ({"dispatch": "auto", "timeout_seconds": -1.0}, "time-out is -1 s; it must be above 0"),
     ],
 )
@@ -126,6 +135,45 @@ def test_a_placement_of_another_model_is_refused(folder: Path, started: pytest.M
         load(folder, placement=small_placement(gpus=1))
     moe_runtime.handle(load(folder, dispatch="auto", expert_memory="100%")).close()
     assert not distributed.is_initialized()
+
+
+def test_weights_of_the_same_shape_are_another_model(
+    capsys: pytest.CaptureFixture[str], folder: Path, started: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Law: a solved placement knows its weights by the trace; others are refused, by both digests.
+
+    One that names no weights is compared by shape, and that is said.
+    """
+    started.setenv("WORLD_SIZE", "1")
+    (tmp_path / "prompts.txt").write_text("a prompt\nanother\n")
+    trace, file = tmp_path / "t.npz", tmp_path / "p.json"
+    recorded = ("--prompts", tmp_path / "prompts.txt", "--max-new-tokens", "2", "-o", trace)
+    assert run_here(capsys, "trace", "record", folder, *recorded).code == 0
+    for word in ("RANK", "WORLD_SIZE"):  # a placement is solved anywhere
+        started.delenv(word)
+    solve = ("placement", "solve", trace, "--gpus", "1", "--hold-out", "0", "-o", file)
+    assert run_here(capsys, *solve).code == 0
+    placement = Placement.load(file)
+    assert placement.checkpoint == checkpoint_digest(folder)
+    started.setenv("RANK", "0")
+    started.setenv("WORLD_SIZE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        moe_runtime.handle(load(folder, placement=file)).close()
+    other = save_mixtral(tmp_path / "other", rope_theta=2e4)
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    digests = (
+        f"checkpoint {placement.checkpoint}, and this is checkpoint {checkpoint_digest(other)}"
+    )
+    with pytest.raises(PlacementError, match=digests):
+        load(other, placement=file)
+    with pytest.warns(UserWarning, match="does not say for which weights"):
+        model = load(other, placement=replace(placement, checkpoint=""))
+    with pytest.raises(PlacementError, match=digests):
+        moe_runtime.handle(model).parallel.ask_to_migrate(file)  # type: ignore[union-attr]
+    moe_runtime.handle(model).close()
 
 
 def test_a_rank_that_is_never_started_is_waited_for_in_the_time(

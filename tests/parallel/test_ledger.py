@@ -3,16 +3,20 @@
 import ast
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from moe_runtime.errors import ParallelError
+from moe_runtime.parallel.context import KVShape, SharedContext
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.ledger import Ledger
 from moe_runtime.parallel.plan import ExpertPlan, linear_placement
+from moe_runtime.parallel.waiting_ranks import WaitingRanks
 from moe_runtime.parallel.world import World, _num_nodes, own_device
+from moe_runtime.placement.cocluster import DeviceTables
 from tests.parallel.exchanging import disagree, gather_own_name
 from tests.parallel.rank_pool import RankPool
 from tests.test_floors import PACKAGE, SOURCES, imports_of
@@ -82,8 +86,12 @@ def test_nodes_are_blocks_of_ranks_of_one_machine() -> None:
     assert _num_nodes(("a",)) == 1
 
 
-def test_a_world_of_64_is_joined_with_few_collectives() -> None:
-    """Law: joining 64 ranks takes two collectives and a plan none, whatever the model."""
+@pytest.mark.parametrize("dispatch", ["auto", "coherent", "speculative"])
+def test_a_world_of_64_is_joined_with_few_collectives(dispatch: str) -> None:
+    """Law: joining 64 ranks takes two collectives and a plan none, whatever the model.
+
+    Nor do its tables, for the ids of a large vocabulary, or the context that every rank keeps.
+    """
     distributed.init_process_group("fake", rank=5, world_size=64, store=FakeStore())
     try:
         world = World.join()
@@ -91,7 +99,20 @@ def test_a_world_of_64_is_joined_with_few_collectives() -> None:
         placement = linear_placement(
             model="", num_experts=256, num_layers=58, num_ranks=64, num_nodes=8
         )
-        parallel = ExpertParallel(world, ExpertPlan.of(placement, world.rank), "auto")
+        parallel = ExpertParallel(world, ExpertPlan.of(placement, world.rank), dispatch)
+        if dispatch == "coherent":
+            shape = KVShape(key=(1, 576), value=(1, 0), dtype=torch.bfloat16)
+            SharedContext([shape] * 61, world.ledger)
+        if dispatch == "speculative":
+            groups, pairs = np.zeros((58, 130_000), np.int32), np.zeros((58, 64, 64), np.int32)
+            tables = DeviceTables(
+                token_group=groups,
+                token_confidence=groups.astype(np.float32),
+                bigram_group=pairs,
+                bigram_confidence=pairs.astype(np.float32),
+            )
+            waiting = WaitingRanks.of(tables, parallel.plan, torch.device("cpu"))
+            assert waiting.rows(torch.tensor([5, 130_000])).tolist() == [5, 130_000]
         assert sum(world.ledger.calls().values()) == 2
         assert parallel.report()["experts_held"] == 58 * 4
         assert [world.ledger.node_of(rank) for rank in (5, 63)] == [0, 7]

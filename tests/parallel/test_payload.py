@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_runtime.parallel.expert_parallel import check_dispatch
+from moe_runtime.parallel.make_dispatcher import check_dispatch
 from moe_runtime.parallel.payload import PAYLOADS, make_payload
 
 floats = st.floats(-(2.0**100), 2.0**100, width=32)

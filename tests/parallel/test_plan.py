@@ -1,5 +1,7 @@
 """Which rank computes what: laws of the plan, without any process group."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -98,10 +100,14 @@ def test_experts_that_do_not_divide_are_refused_with_the_remedy() -> None:
         ({"num_ranks": 3}, "for 2 GPUs and there are 3 ranks; start 2 ranks, or solve again"),
         ({"num_experts": 8}, "made for tiny, has 2 MoE layers of 4 experts, and this model 2 of 8"),
         ({"num_layers": 5}, "this model 5 of 4; solve one from a trace of this model"),
+        ({"checkpoint": "ffff"}, "was made for tiny, checkpoint 0123, and this is checkpoint ffff"),
     ],
 )
-def test_a_placement_for_something_else_is_refused(shape: dict[str, int], words: str) -> None:
+def test_a_placement_for_something_else_is_refused(shape: dict[str, Any], words: str) -> None:
+    right: dict[str, Any] = {"num_ranks": 2, "num_experts": 4, "num_layers": 2}
+    placement = small_placement(checkpoint="0123")
+    for checkpoint in ("0123", ""):
+        check_placement(placement, **right, checkpoint=checkpoint)
+        check_placement(small_placement(), **right, checkpoint=checkpoint)
     with pytest.raises(PlacementError, match=words):
-        check_placement(
-            small_placement(), **{"num_ranks": 2, "num_experts": 4, "num_layers": 2, **shape}
-        )
+        check_placement(placement, **right | {"checkpoint": ""} | shape)

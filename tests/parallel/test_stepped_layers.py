@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from moe_runtime.cli.demo import CHECKPOINT
 from moe_runtime.errors import ParallelError, PlacementError
@@ -13,7 +14,13 @@ from moe_runtime.integrations.transformers.ranks import Ranks
 from moe_runtime.placement.cocluster import DeviceTables
 from moe_runtime.placement_map import Placement
 from moe_runtime.trace_file import Member, write_npz
-from tests.parallel.generating import Batch, continue_padded, error_of, generate_with
+from tests.parallel.generating import (
+    Batch,
+    continue_greedily,
+    continue_padded,
+    error_of,
+    generate_with,
+)
 from tests.parallel.rank_pool import RankPool
 from tests.parallel.test_tokens_are_the_same import (
     FOLDERS,
@@ -24,6 +31,7 @@ from tests.parallel.test_tokens_are_the_same import (
     shuffled,
 )
 from tests.tiny_checkpoint import save_mixtral
+from tests.tiny_models import can_reload, load_unmodified
 
 __all__ = ["batches", "expected"]  # fixtures
 
@@ -186,9 +194,28 @@ def test_what_cannot_be_is_refused_on_every_rank(
 
 
 @pytest.mark.parametrize(
+    "family", ["exaone_moe", "flint", "gpt_oss", "laguna", "mellum", "mimo_v2_flash"]
+)
+def test_windows_are_kept_where_tokens_move(pool: RankPool, tmp_path: Path, family: str) -> None:
+    """Law: windowed layers beside full ones, and rotations by type of layer, change no token.
+
+    Prompts are longer than the window of 6 tokens.
+    """
+    folder = tmp_path / family
+    assert can_reload(family, folder) is None
+    prompts = [[[5 + 7 * i % 150 for i in range(length)]] for length in (9, 14)]
+    options = {"dispatch": "coherent"}
+    done = pool.run(
+        generate_with, str(folder), [prompts, prompts[:1]], NEW_TOKENS, options, num_ranks=2
+    )
+    alone = continue_greedily(load_unmodified(folder, torch.float32), prompts, NEW_TOKENS)
+    assert [rank["tokens"] for rank in done] == [alone, alone[:1]]
+
+
+@pytest.mark.parametrize(
     ("changes", "options", "words"),
     [
-        ({"sliding_window": 4}, {"dispatch": "coherent"}, "attention other than full (a window)"),
+        ({"sliding_window": 4}, {"dispatch": "coherent"}, "by layer (a window of all)"),
         (
             {"num_attention_heads": 1, "num_key_value_heads": 1},
             {"attention": "tensor"},

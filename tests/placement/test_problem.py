@@ -73,6 +73,15 @@ def test_traces_of_different_models_are_refused() -> None:
         RoutingCounts.of([])
 
 
+def test_traces_of_other_weights_are_refused() -> None:
+    """Law: one digest, or unknown, in all traces; the known one goes on to the placement."""
+    trace = make_trace(0, num_tokens=5)
+    first, second = (replace(trace, checkpoint=digest) for digest in ("0123", "4567"))
+    assert RoutingCounts.of([trace, first]).checkpoint == "0123"
+    with pytest.raises(PlacementError, match=r"2 checkpoints with the same name.*0123, 4567"):
+        RoutingCounts.of([trace, first, second])
+
+
 def test_a_layer_without_tokens_is_refused() -> None:
     trace = Trace.of({"topk": np.array([[[0], [-1]], [[1], [-1]]])}, num_experts=2)
     with pytest.raises(PlacementError, match=r"layer 1 \(row 1\) has no routed token"):

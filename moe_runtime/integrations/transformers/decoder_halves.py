@@ -4,6 +4,7 @@ T tokens, R rows of any sequences, P positions of a context, D model dim.
 """
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from moe_runtime.parallel.expert_parallel import ExpertParallel
 
 _PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _MASKED_ATTENTION = ("sdpa", "eager")  # those that take any mask
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
 _TRIAL_TOKENS = 3
 
 
@@ -49,6 +51,8 @@ class DecoderHalves:
         self.base: Any = model.base_model
         self.config: Any = model.config.get_text_config()
         self.layers: list[Any] = list(getattr(self.base, "layers", ()))
+        all_full = [_FULL] * len(self.layers)
+        self._types: list[str] = list(getattr(self.config, "layer_types", None) or all_full)
         self._given: Callable[[Rows], torch.Tensor] | None = None
         numbers = {site.module: number for number, site in enumerate(sites)}
         self._moe_layer = [
@@ -91,6 +95,9 @@ class DecoderHalves:
         """The stream behind attention, with all rows in one batch of one sequence."""
         hidden = hidden_RD.unsqueeze(0)
         positions = position_R.unsqueeze(0)
+        window = self._window(layer)
+        if window is not None:
+            visible_RP = visible_RP & (context.position_P > (position_R - window).unsqueeze(1))
         lowest = torch.finfo(hidden.dtype).min
         mask = torch.zeros(visible_RP.shape, dtype=hidden.dtype, device=hidden.device)
         part = self.attention(
@@ -98,7 +105,7 @@ class DecoderHalves:
             hidden,
             attention_mask=mask.masked_fill_(~visible_RP, lowest)[None, None],
             position_ids=positions,
-            position_embeddings=self.base.rotary_emb(hidden, positions),
+            position_embeddings=self._rotary(layer, hidden, positions),
             past_key_values=_ContextCache(context),
             use_cache=True,
         )
@@ -145,7 +152,7 @@ class DecoderHalves:
         behind: torch.Tensor = hidden_RD + output.reshape(hidden_RD.shape)
         return behind
 
-    def trial_inputs(self) -> tuple[torch.Tensor, dict[str, Any]]:
+    def trial_inputs(self, layer: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """A short prompt of random hidden states, and what layers get beside it."""
         parameter = next(self.base.parameters())
         generator = torch.Generator().manual_seed(0)
@@ -155,8 +162,20 @@ class DecoderHalves:
         return hidden, {
             "attention_mask": None,
             "position_ids": positions,
-            "position_embeddings": self.base.rotary_emb(hidden, positions),
+            "position_embeddings": self._rotary(layer, hidden, positions),
         }
+
+    def _rotary(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Any:
+        """What turns queries and keys; some families have one for each type of layer."""
+        rotary = self.base.rotary_emb
+        if "layer_type" in signature(rotary.forward).parameters:
+            return rotary(hidden, positions, self._types[layer])
+        return rotary(hidden, positions)
+
+    def _window(self, layer: int) -> int | None:
+        """How many positions a token of the layer sees, itself with them; None is all."""
+        is_windowed = self._types[layer] == _WINDOWED
+        return int(self.config.sliding_window) if is_windowed else None
 
     def refuse(self, why: str) -> UnsupportedModelError:
         """The error that names the model and the remedy."""
@@ -178,11 +197,13 @@ class DecoderHalves:
             raise self.refuse("it has experts outside its decoder layers, or several in one")
 
     def _check_attention(self) -> None:
-        types = getattr(self.config, "layer_types", None) or ()
-        kinds = set(types) - {"full_attention"}
-        if kinds or (not types and getattr(self.config, "sliding_window", None) is not None):
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(self._types) - {_FULL, *([_WINDOWED] if window else [])}
+        has_types = bool(getattr(self.config, "layer_types", None))
+        if kinds or (window is not None and not has_types):
             raise self.refuse(
-                f"it has attention other than full ({', '.join(sorted(kinds)) or 'a window'})"
+                "it has attention other than full or sliding by layer "
+                f"({', '.join(sorted(kinds)) or 'a window of all'})"
             )
         attention = getattr(self.config, "_attn_implementation", None)
         if attention not in _MASKED_ATTENTION:
@@ -198,7 +219,7 @@ class DecoderHalves:
         for number in range(self.num_layers):
             probe = _ProbeCache()
             try:
-                hidden, arguments = self.trial_inputs()
+                hidden, arguments = self.trial_inputs(number)
                 arguments["past_key_values"] = probe
                 stream = (hidden + self.attention(number, hidden, **arguments))[0]
                 by_halves = self.second_half(number, stream, _stand_in)

@@ -28,7 +28,7 @@ from moe_runtime.integrations.transformers.experts import (
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.kernels.cpu.dequant_status import dequant_status
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
-from moe_runtime.layer import LayerMath
+from moe_runtime.layer import ExpertMath, LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
 from moe_runtime.memory.quantised_map import QuantisedMap
@@ -342,7 +342,8 @@ class Handle:
                 _tiers=self._tiers,
             )
             if self.parallel is not None:
-                self.parallel.attach(site.module.compute)  # type: ignore[arg-type]
+                sum_dtype = math.accumulator.dtype if isinstance(math, ExpertMath) else None
+                self.parallel.attach(site.module.compute, sum_dtype)  # type: ignore[arg-type]
             return
         for expert, module in enumerate(site.module.children()):
             places = {}

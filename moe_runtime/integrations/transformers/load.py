@@ -98,7 +98,8 @@ def load(
     from them as they are; with `exact`, in other dtypes and for many tokens one at a time is
     dequantised when it is used. Other fp8 weights take the model's dtype while loading.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
-    on CPU. Otherwise a kernel computes experts where there is one, with fewer roundings; `linears`
+    on CPU, on several ranks too (with alltoall, or speculative and attention data). Otherwise a
+    kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
     `predictor` says what a token will need, so that the disk reads it while layers compute, and on
     a GPU the link brings it: 'auto' (the model's own routers, a layer or two ahead, where they are
@@ -309,7 +310,7 @@ class _Plan:
         if self._ranks is not None:
             check_maths(found.sites, maths)
             settings = {"slots": self._expert_slots, "expert dtype": self._expert_dtype}
-            parallel = self._ranks.share(found, self._checkpoint, settings)
+            parallel = self._ranks.share(found, self._checkpoint.folder, settings)
             num_neighbours = self._ranks.world.num_neighbours
         tensor_map = found.tensor_map
         if not accelerated:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,10 @@ from moe_runtime.errors import ParallelError, UnsupportedModelError
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.survey import Survey
 from moe_runtime.layer import LayerMath
-from moe_runtime.memory.checkpoint import Checkpoint
+from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.parallel.degree import Degree, FittedDegree, FixedDegree
-from moe_runtime.parallel.expert_parallel import (
-    ATTENTIONS,
-    DISPATCHES,
-    ExpertParallel,
-    check_dispatch,
-)
+from moe_runtime.parallel.expert_parallel import ExpertParallel
+from moe_runtime.parallel.make_dispatcher import ATTENTIONS, check_dispatch
 from moe_runtime.parallel.payload import ExactPayload
 from moe_runtime.parallel.plan import ExpertPlan, check_placement, linear_placement
 from moe_runtime.parallel.world import World, check_agreement, started_ranks
@@ -43,6 +40,7 @@ class Ranks:
     pipeline: int | Interconnect
     attention: str
     tables: DeviceTables | None
+    exact: bool
 
     @classmethod
     def join(
@@ -77,6 +75,8 @@ class Ranks:
                     )
             return None
         dispatch, attention = _modes(dispatch, attention, has_tables=tables is not None)
+        if exact and dispatch == "auto":
+            dispatch = "alltoall"  # the one whose sums have an order
         check_dispatch(dispatch, payload)
         chunks = pipeline if isinstance(pipeline, int) else Interconnect.load(Path(pipeline))
         if isinstance(chunks, int) and chunks < 1:
@@ -89,10 +89,7 @@ class Ranks:
                         f"with attention {attention!r} sends others; leave one of them out"
                     )
         if exact:
-            raise ParallelError(
-                "exact=True promises the bits of one process, and ranks add up partial sums in "
-                "another order; leave out exact, mesh, placement and dispatch as you need"
-            )
+            _check_exact(dispatch, attention, given, usual, device)
         if predictor != "off":
             raise ParallelError(
                 f"predictor={str(predictor)!r} reads ahead from all experts of the model, and a "
@@ -110,6 +107,7 @@ class Ranks:
                 num_experts=placement.num_experts,
                 num_layers=placement.num_layers,
                 num_ranks=num_ranks,
+                checkpoint=placement.checkpoint,
             )
         world = World.join(mesh, device=device, timeout_seconds=timeout_seconds)
         return cls(
@@ -120,30 +118,33 @@ class Ranks:
             pipeline=chunks,
             attention=attention,
             tables=tables,
+            exact=exact,
         )
 
-    def share(
-        self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
-    ) -> ExpertParallel:
+    def share(self, found: Survey, folder: Path, settings: Mapping[str, object]) -> ExpertParallel:
         """This rank's part of the experts; compares every rank's model and `settings`; collective.
 
+        `folder` is that of the model's weights.
         Raises PlacementError, ParallelError and UnsupportedModelError, and leaves the others then.
         """
         try:
-            check_agreement(self.world.ledger, self._facts(found, checkpoint, settings))
-            plan = self._plan(found.sites)
+            digest = checkpoint_digest(folder)
+            check_agreement(self.world.ledger, self._facts(found, digest, settings))
+            # A packed checkpoint has other bytes than the one that a placement was made for.
+            plan = self._plan(found.sites, "" if found.tensor_map.is_packed else digest)
             return ExpertParallel(
                 self.world,
                 plan,
                 self.dispatch,
                 payload=self.payload,
                 degree=self._degree(plan, found.sites[0]),
+                network=None if isinstance(self.pipeline, int) else self.pipeline,
             )
         except BaseException:
             self.world.close(orderly=False)
             raise
 
-    def _plan(self, sites: list[ExpertSite]) -> ExpertPlan:
+    def _plan(self, sites: list[ExpertSite], checkpoint: str) -> ExpertPlan:
         sizes = sorted({site.num_experts for site in sites})
         if len(sizes) > 1:
             raise UnsupportedModelError(
@@ -157,11 +158,24 @@ class Ranks:
                 num_layers=len(sites),
                 num_ranks=world.num_ranks,
                 num_nodes=world.ledger.num_nodes,
+                checkpoint=checkpoint,
             )
         check_placement(
-            placement, num_experts=sizes[0], num_layers=len(sites), num_ranks=world.num_ranks
+            placement,
+            num_experts=sizes[0],
+            num_layers=len(sites),
+            num_ranks=world.num_ranks,
+            checkpoint=checkpoint,
         )
-        return ExpertPlan.of(placement, world.rank)
+        if world.rank == 0 and checkpoint and not placement.checkpoint:
+            warnings.warn(
+                "the placement does not say for which weights it was made, so it was compared with "
+                "the model by shape alone; solve one from a trace of this version's `moe-runtime "
+                "trace record` to have it checked",
+                stacklevel=2,
+            )
+        placement = replace(placement, checkpoint=checkpoint)
+        return ExpertPlan.of(placement, world.rank, is_steady=self.exact)
 
     def _degree(self, plan: ExpertPlan, site: ExpertSite) -> Degree:
         if isinstance(self.pipeline, int):
@@ -176,10 +190,9 @@ class Ranks:
         )
 
     def _facts(
-        self, found: Survey, checkpoint: Checkpoint, settings: Mapping[str, object]
+        self, found: Survey, checkpoint: str, settings: Mapping[str, object]
     ) -> dict[str, str]:
         config = json.dumps(found.model.config.to_dict(), sort_keys=True, default=str)
-        tensors = [(n, t.dtype, tuple(t.shape), t.offset) for n, t in sorted(checkpoint.items())]
         placement, tables = self.placement, self.tables
         slots = b"none" if placement is None else placement.slots.tobytes()
         nodes = 1 if placement is None else placement.nodes
@@ -188,13 +201,14 @@ class Ranks:
             "torch version": torch.__version__,
             "world size": started_ranks() or self.world.num_ranks,
             "model config": _digest(config.encode()),
-            "checkpoint": _digest(repr(tensors).encode()),
+            "checkpoint": checkpoint,
             "dtype": next(iter(found.dtypes.values())),
             "placement": _digest(slots + str(nodes).encode()),
             "dispatch": self.dispatch,
             "payload": self.payload,
             "pipeline": _digest(repr(self.pipeline).encode()),
             "attention": self.attention,
+            "exactness": self.exact,
             "tables": _digest(b"none" if tables is None else _bytes_of(tables)),
         }
         return {name: str(value) for name, value in (facts | dict(settings)).items()}
@@ -218,8 +232,6 @@ def _modes(dispatch: str | None, attention: str | None, *, has_tables: bool) -> 
         raise ValueError(f"attention {attention!r} is unknown; choose from {', '.join(ATTENTIONS)}")
     is_shared = attention == "tensor"
     dispatch = dispatch or ("speculative" if has_tables else "alltoall" if is_shared else "auto")
-    if dispatch not in DISPATCHES:
-        raise ValueError(f"dispatch {dispatch!r} is unknown; choose from {', '.join(DISPATCHES)}")
     if is_shared and dispatch not in ("alltoall", "speculative"):
         raise ParallelError(
             f"attention 'tensor' sums rows where their experts are, and dispatch {dispatch!r} "
@@ -231,6 +243,35 @@ def _modes(dispatch: str | None, attention: str | None, *, has_tables: bool) -> 
             "dispatch='speculative' and tables=, as `placement solve --tables` writes them"
         )
     return dispatch, attention
+
+
+def _check_exact(
+    dispatch: str,
+    attention: str,
+    given: Mapping[str, object],
+    usual: Mapping[str, object],
+    device: torch.device,
+) -> None:
+    """Raise ParallelError where the bits of one process cannot be had."""
+    reasons = {
+        "allreduce": "a collective adds up in an order of its own",
+        "hierarchical": "partial sums are added up on their way",
+        "coherent": "attention runs with rows of other prompts in one product",
+    }
+    why = reasons.get(dispatch)
+    if attention == "tensor":
+        dispatch, why = "any with attention 'tensor'", "heads of several ranks are added up"
+    for name, value in given.items():
+        if value != usual[name]:
+            dispatch, why = f"{name}={value!r}", "rows are rounded or computed in other numbers"
+    if device.type != "cpu":
+        dispatch, why = f"device {device}", "its products are not compared with one process's"
+    if why is not None:
+        raise ParallelError(
+            f"exact=True promises the bits of one process, which {dispatch} cannot give: {why}; "
+            "use dispatch alltoall (or speculative with attention data) on the CPU, or leave out "
+            "exact"
+        )
 
 
 def _bytes_of(tables: DeviceTables) -> bytes:

@@ -14,7 +14,7 @@ from moe_runtime.integrations.transformers.ranks import Ranks
 from moe_runtime.integrations.transformers.tensor_attention import share_attention
 from moe_runtime.parallel.auto import AutoDispatcher
 from moe_runtime.parallel.coherent import CoherentDispatcher
-from moe_runtime.parallel.expected import ExpectedBytes
+from moe_runtime.parallel.expected import Affinity, ExpectedBytes
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.payload import ExactPayload
 from moe_runtime.parallel.traffic import NUMBER_BYTES
@@ -54,10 +54,12 @@ def _step_if_less(model: PreTrainedModel, owner: Handle) -> None:
     except UnsupportedModelError:
         return
     kv_bytes = sum(shape.num_bytes + NUMBER_BYTES for shape in halves.kv_shapes)
+    plan, top_k = parallel.plan, halves.like.index.shape[1]
+    even = Affinity.even(num_ranks=plan.num_ranks, num_experts=plan.num_experts, top_k=top_k)
     parallel.expected = ExpectedBytes.of(
-        num_ranks=parallel.plan.num_ranks,
-        num_experts=parallel.plan.num_experts,
-        top_k=halves.like.index.shape[1],
+        num_ranks=plan.num_ranks,
+        top_k=top_k,
+        affinity=Affinity.of(plan.placement, top_k) or even,
         row=halves.like.row_bytes(),
         kv_bytes_per_moe_layer=kv_bytes / len(owner.sites),
     )

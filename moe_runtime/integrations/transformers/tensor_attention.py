@@ -48,7 +48,7 @@ def _refuse_restore() -> NoReturn:
 def _own_heads(halves: DecoderHalves, layer: int, rank: int, num_ranks: int) -> HeadShare:
     """This rank's share, if a trial shows that all shares add up to the whole."""
     attention = halves.layers[layer].self_attn
-    hidden, arguments = halves.trial_inputs()
+    hidden, arguments = halves.trial_inputs(layer)
     try:
         with torch.no_grad():
             shares = [head_share(attention, g, num_ranks) for g in range(num_ranks)]

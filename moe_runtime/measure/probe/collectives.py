@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from statistics import median
 
 import torch
@@ -47,11 +48,19 @@ def probe_collectives(
     """
     ledger = world.ledger.fresh()
     fits = {}
-    for name, run in (
-        ("all_to_all", _all_to_all),
-        ("all_gather", _all_gather),
-        ("reduce_scatter", _reduce_scatter),
-    ):
+    messages: dict[str, Callable[[Ledger, int], Callable[[], object]]] = {
+        "all_to_all": partial(_all_to_all, partners=range(ledger.num_ranks)),
+        "all_gather": _all_gather,
+        "reduce_scatter": _reduce_scatter,
+    }
+    per_node = ledger.num_ranks // ledger.num_nodes
+    if 1 < ledger.num_nodes < ledger.num_ranks:
+        node, place = divmod(ledger.rank, per_node)
+        mates = range(node * per_node, (node + 1) * per_node)
+        peers = range(place, ledger.num_ranks, per_node)
+        messages["within_node"] = partial(_all_to_all, partners=mates)
+        messages["between_nodes"] = partial(_all_to_all, partners=peers)
+    for name, run in messages.items():
         on_progress(name)
         samples = [_time(ledger, run(ledger, size), sizes.repeats) for size in sizes.num_bytes]
         fits[name] = AlphaBeta.fit(sizes.num_bytes, samples)
@@ -88,9 +97,9 @@ def _time(ledger: Ledger, run: Callable[[], object], repeats: int) -> float:
     return float(median(slowest.tolist()))
 
 
-def _all_to_all(ledger: Ledger, num_bytes: int) -> Callable[[], object]:
-    others = max(ledger.num_ranks - 1, 1)
-    parts = [0 if g == ledger.rank else num_bytes // others for g in range(ledger.num_ranks)]
+def _all_to_all(ledger: Ledger, num_bytes: int, *, partners: range) -> Callable[[], object]:
+    part = num_bytes // max(len(partners) - 1, 1)
+    parts = [part * (g in partners and g != ledger.rank) for g in range(ledger.num_ranks)]
     rows = torch.zeros(sum(parts), dtype=torch.uint8, device=ledger.device)
     return lambda: ledger.all_to_all(CONTROL, rows, parts, parts)
 
