@@ -10,6 +10,9 @@ from moe_runtime.errors import ParityError
 
 # A faster kernel may stand this much further from float32 than transformers' own rounding does ...
 MAX_RATIO = 1.1
+# On several ranks partial sums are rounded once more, when they travel: 1.09 on the Mixtral demo,
+# top-2 on four ranks (tests/parallel/test_bfloat16_tolerance.py).
+MAX_RATIO_ON_RANKS = 1.25
 # ... as a root mean square over the logits of at least so many tokens.
 MIN_POSITIONS = 200
 
@@ -33,6 +36,7 @@ class FastParity:
     eager_rms_distance: float | None
     difference: str = ""
     expert_dtype: str = "auto"
+    max_ratio: float = MAX_RATIO
 
     @property
     def rms_ratio(self) -> float | None:
@@ -55,7 +59,7 @@ class FastParity:
             return False
         assert self.rms_distance is not None
         assert self.eager_rms_distance is not None
-        return self.rms_distance <= MAX_RATIO * self.eager_rms_distance
+        return self.rms_distance <= self.max_ratio * self.eager_rms_distance
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints of it."""
@@ -88,8 +92,8 @@ class FastParity:
             if self.expert_dtype != "auto":
                 remedy = f"{self.expert_dtype} experts are lossy: leave out --expert-dtype"
             raise ParityError(
-                f"the {self.dtype} logits are {self._distances()}, and at most {MAX_RATIO} times "
-                f"as far is allowed; {remedy}"
+                f"the {self.dtype} logits are {self._distances()}, and at most {self.max_ratio} "
+                f"times as far is allowed; {remedy}"
             )
 
     def _distances(self) -> str:

@@ -14,6 +14,7 @@ from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel
 from moe_runtime.measure.completion import Completion, complete
 from moe_runtime.measure.decoding import Decoding
+from moe_runtime.measure.fast_parity import MAX_RATIO, MAX_RATIO_ON_RANKS
 from moe_runtime.measure.forced import ForcedLogits
 from moe_runtime.measure.generation_request import GenerationRequest, load_requested
 from moe_runtime.measure.parity import Parity, Reference, check_fast_parity, check_parity
@@ -97,7 +98,13 @@ def compare_with_unmodified(
         )
         if request.exact:
             return check_parity(completions, request.decoding, reference)
-        return check_fast_parity(completions, forced, reference, expert_dtype=request.expert_dtype)
+        return check_fast_parity(
+            completions,
+            forced,
+            reference,
+            expert_dtype=request.expert_dtype,
+            max_ratio=MAX_RATIO_ON_RANKS if request.is_parallel else MAX_RATIO,
+        )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from moe_runtime.errors import ParityError
 from moe_runtime.measure.completion import Completion
 from moe_runtime.measure.decoding import Decoding
-from moe_runtime.measure.fast_parity import FastParity, rms_distance
+from moe_runtime.measure.fast_parity import MAX_RATIO, FastParity, rms_distance
 from moe_runtime.measure.forced import ForcedLogits
 
 _REFERENCE_SCRIPT = Path(__file__).with_name("reference.py")
@@ -109,6 +109,7 @@ def check_fast_parity(
     reference: Reference,
     *,
     expert_dtype: str = "auto",
+    max_ratio: float = MAX_RATIO,
 ) -> FastParity:
     """Apply the rule of the fast path; see `FastParity`.
 
@@ -150,6 +151,7 @@ def check_fast_parity(
         eager_rms_distance=eager_rms,
         difference=difference,
         expert_dtype=expert_dtype,
+        max_ratio=max_ratio,
     )
 
 
