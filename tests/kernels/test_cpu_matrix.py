@@ -18,11 +18,16 @@ from moe_runtime.kernels.cpu.operation import Gate, TorchGate
 from moe_runtime.kernels.cpu.unpack import load_codec
 from moe_runtime.kernels.packed_blocks import PADDING_BYTES
 from moe_runtime.kernels.quantise import dequantise, quantise
-from moe_runtime.kernels.reference import dequantize_reference
+from moe_runtime.kernels.reference import (
+    dequantize_reference,
+    quantize_fp8_reference,
+    quantize_mxfp4_reference,
+)
 from tests.kernels.test_cpu_experts import Layer, assert_close, gated, kernel_of
 
 BF16 = torch.bfloat16
 QUANTISED = {Form.INT8: "int8", Form.INT4: "int4"}
+WITH_SCALES = [*QUANTISED, Form.FP8, Form.MXFP4]
 Make = Callable[[torch.Tensor], Matrix]
 
 
@@ -63,7 +68,13 @@ def in_many_parts(w_NK: torch.Tensor) -> Matrix:
 
 def quantised(form: Form) -> Make:
     def make(w_NK: torch.Tensor) -> Matrix:
-        values, scales = quantise(w_NK, QUANTISED[form])  # type: ignore[arg-type]
+        if form is Form.FP8:
+            values, scales = quantize_fp8_reference(w_NK)
+        elif form is Form.MXFP4:
+            values, scales = quantize_mxfp4_reference(w_NK)
+            values = values.flatten(1)
+        else:
+            values, scales = quantise(w_NK, QUANTISED[form])  # type: ignore[arg-type]
         part = Part(form=form, num_rows=len(w_NK), rows=values, scales=scales)
         return Matrix([part], w_NK.shape[1])
 
@@ -136,15 +147,16 @@ def test_escapes_anywhere(kernel: CpuExperts, row: str) -> None:
 @given(
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any),
     seed=st.integers(0, 2**16),
-    form=st.sampled_from([Form.PACKED, Form.INT8, Form.INT4]),
+    form=st.sampled_from([Form.PACKED, *WITH_SCALES]),
+    level=st.sampled_from(list(LEVELS)),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_bits_do_not_depend_on_what_shares_a_call(
-    counts: list[int], seed: int, form: Form, data: st.DataObject
+    counts: list[int], seed: int, form: Form, level: str, data: st.DataObject
 ) -> None:
     """Law: however experts arrive, in whatever calls, the output has the same bits."""
-    kernel = CpuExperts.load(BF16)
+    kernel = CpuExperts.load(BF16, level=level) or CpuExperts.load(BF16)
     if kernel is None:
         pytest.skip(CpuExperts.status())
     layer = Layer(BF16, counts, seed=seed, dim=160, ffn=64)
@@ -158,11 +170,14 @@ def test_bits_do_not_depend_on_what_shares_a_call(
         assert torch.equal(found, layer.run(kernel))
 
 
-@pytest.mark.parametrize("form", [Form.PACKED, *QUANTISED])
+@pytest.mark.parametrize("form", [Form.PACKED, *WITH_SCALES])
 def test_bits_do_not_depend_on_threads(form: Form) -> None:
-    """Law: large enough for threads to share, the output is that of one thread."""
+    """Law: large enough for threads to share, the output is that of one thread.
+
+    Of fp8, in pieces of fewer rows than a square has.
+    """
     kernel = kernel_of(CpuExperts.status(), BF16)
-    layer = Layer(BF16, [1, 2, 5, 1], dim=512, ffn=640)
+    layer = Layer(BF16, [1, 2, 5, 1], dim=2048, ffn=160)
     other = of(layer, in_many_parts if form is Form.PACKED else quantised(form))
     before = torch.get_num_threads()
     found = []
@@ -174,7 +189,7 @@ def test_bits_do_not_depend_on_threads(form: Form) -> None:
     assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("form", QUANTISED)
+@pytest.mark.parametrize("form", WITH_SCALES)
 def test_a_quantised_row_has_the_same_bits_among_others(kernel: CpuExperts, form: Form) -> None:
     layer = of(Layer(BF16, [16], num_tokens=16, dim=320, ffn=96), quantised(form))
     layer.token = torch.arange(16)

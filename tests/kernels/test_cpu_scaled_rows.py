@@ -8,18 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional
 
 from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.kernels.cpu.experts_status import LEVELS
 from moe_runtime.kernels.cpu.matrix import FORMS, Form, Matrix, Part
 from moe_runtime.kernels.cpu.operation import ClampedGate, Gate
-from moe_runtime.kernels.reference import quantize_fp8_reference, quantize_mxfp4_reference
 from moe_runtime.kernels.scaled_blocks import ScaledFormat, ScaledWeights, TorchDequantizer
 from tests.kernels.test_cpu_experts import Layer, assert_close, gated, kernel_of
-from tests.kernels.test_cpu_matrix import at_the_end_of_a_page, bits
+from tests.kernels.test_cpu_matrix import at_the_end_of_a_page, bits, quantised
 
 BF16 = torch.bfloat16
 BOTH: list[ScaledFormat] = ["fp8", "mxfp4"]
@@ -35,20 +32,17 @@ def kernel(request: pytest.FixtureRequest) -> CpuExperts:
     return kernel_of(request.param, BF16)
 
 
-def scaled(form: ScaledFormat, w_NK: torch.Tensor) -> ScaledWeights:
-    if form == "fp8":
-        values, scales = quantize_fp8_reference(w_NK)
-    else:
-        values, scales = quantize_mxfp4_reference(w_NK)
-        values = values.flatten(1)
-    return ScaledWeights(format=form, values=values, scales=scales)
-
-
 def matrix_of(weights: ScaledWeights) -> Matrix:
     num_rows, num_columns = weights.shape
     form = FORMS[weights.format]
     part = Part(form=form, num_rows=num_rows, rows=weights.values, scales=weights.scales)
     return Matrix([part], num_columns)
+
+
+def scaled(form: ScaledFormat, w_NK: torch.Tensor) -> ScaledWeights:
+    (part,) = quantised(FORMS[form])(w_NK)._held
+    assert part.scales is not None
+    return ScaledWeights(format=form, values=part.rows, scales=part.scales)
 
 
 def dense_of(weights: ScaledWeights, dtype: torch.dtype) -> torch.Tensor:
@@ -124,53 +118,6 @@ def test_every_number_of_mxfp4(kernel: CpuExperts) -> None:
     assert torch.equal(numbers_of(kernel, weights), dense_of(weights, BF16))
     weights.scales[7] = 255
     assert numbers_of(kernel, weights)[7].isnan().all()
-
-
-@given(
-    counts=st.lists(st.integers(0, 20), min_size=1, max_size=5).filter(any),
-    seed=st.integers(0, 2**16),
-    form=st.sampled_from(BOTH),
-    level=st.sampled_from(list(LEVELS)),
-    data=st.data(),
-)
-@settings(max_examples=30, deadline=None)
-def test_bits_do_not_depend_on_what_shares_a_call(
-    counts: list[int], seed: int, form: ScaledFormat, level: str, data: st.DataObject
-) -> None:
-    """Law: however experts arrive, in whatever calls, the output has the same bits."""
-    kernel = kernel_of(level, BF16)
-    layer = of(Layer(BF16, counts, seed=seed, dim=160, ffn=64), form, matrix_of)
-    order = data.draw(st.permutations(range(len(counts))))
-    cuts = sorted(data.draw(st.sets(st.integers(1, len(counts)), max_size=3)) | {len(counts)})
-    groups = [list(order[a:b]) for a, b in zip([0, *cuts[:-1]], cuts, strict=True)]
-    assert torch.equal(layer.run(kernel, groups=groups), layer.run(kernel))
-
-
-@pytest.mark.parametrize("form", BOTH)
-def test_bits_do_not_depend_on_threads(form: ScaledFormat) -> None:
-    """Law: large enough for threads to share, in pieces of fewer rows than a square has."""
-    kernel = kernel_of(CpuExperts.status(), BF16)
-    layer = of(Layer(BF16, [1, 2, 5, 1], dim=2048, ffn=160), form, matrix_of)
-    before = torch.get_num_threads()
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(layer.run(kernel))
-    torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("form", BOTH)
-def test_a_row_has_the_same_bits_among_others(kernel: CpuExperts, form: ScaledFormat) -> None:
-    layer = of(Layer(BF16, [16], num_tokens=16, dim=320, ffn=96), form, matrix_of)
-    layer.token = torch.arange(16)
-    together = layer.run(kernel)
-    x, weight = layer.x, layer.weight
-    for count in (1, 2, 3, 4, 5, 7, 12):
-        layer.x, layer.weight = x[:count], weight[:count]
-        layer.token, layer.rows = torch.arange(count), [(0, count)]
-        assert torch.equal(layer.run(kernel), together[:count])
 
 
 @pytest.mark.parametrize("form", BOTH)
