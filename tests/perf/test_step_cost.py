@@ -26,6 +26,12 @@ def test_costs_are_bytes_over_measured_rates(machine: Hardware) -> None:
     assert cost.expert_seconds == pytest.approx(0.012 / 22.59)
     assert cost.dense_seconds == pytest.approx(0.030 / 22.59)
     assert cost.copy_seconds == 0.0
+    assert cost.piece_seconds == 0.0
+    pieces = [
+        StepCost.of(machine, expert_bytes=12_000_000, dense_bytes=0, piece_bytes=piece_bytes)
+        for piece_bytes in (3_000_000, 24_000_000)
+    ]
+    assert [cost.piece_seconds / cost.read_seconds for cost in pieces] == [0.25, 1.0]
 
 
 def test_a_gpu_computes_and_adds_its_link(machine: Hardware) -> None:

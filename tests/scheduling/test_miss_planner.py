@@ -102,3 +102,14 @@ def test_decisions_follow_from_measurements() -> None:
         return plans
 
     assert run() == run()
+
+
+def test_a_stall_is_what_missing_experts_add() -> None:
+    """Law: copies beside which the device computes stall nothing; the rest of them does."""
+    planner = MissPlanner(MissWay.COPY)
+    planner.costs.copy.add(2.0)
+    planner.costs.device.add(1, 1.0)
+    plan = planner.plan(MISSES[:2], [])  # copied by 2 and 4, computed by 3 and 5
+    assert planner.stall_seconds(plan, [1, 1]) == 3.0
+    plan = planner.plan(MISSES[:1], [1] * 5)
+    assert planner.stall_seconds(plan, [1] * 6) == 0.0
