@@ -44,9 +44,9 @@ from moe_runtime.perf.latency import (
     MOST_KERNEL_ROWS,
     ExpertForm,
     LatencyModel,
-    Overheads,
     Setup,
 )
+from moe_runtime.perf.overheads import Overheads
 from moe_runtime.perf.plan import PlanRequest
 from moe_runtime.perf.planner import make_plan
 from moe_runtime.perf.rates import Rates

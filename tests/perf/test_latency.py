@@ -12,13 +12,13 @@ from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.hardware_presets import load_hardware_preset
 from moe_runtime.perf.hit_curve import LRU_PRIOR, PLEC_PRIOR, HitCurve
 from moe_runtime.perf.latency import (
-    CPU_OVERHEADS,
     PACKED_SHARE,
     ExpertForm,
     Lane,
     LatencyModel,
     Setup,
 )
+from moe_runtime.perf.overheads import CPU_OVERHEADS
 from moe_runtime.perf.rates import Products, Rates
 
 MACHINE = load_hardware_preset("2-core-epyc")
