@@ -86,6 +86,7 @@ class Setup:
     policy: str = "lru"
     reads_ahead: bool = False
     linears: bool = False
+    page_cache: bool = False  # which has all experts' files
     computes_misses: bool = False  # on the CPU, where a GPU lacks an expert
 
     @property
@@ -168,7 +169,7 @@ class LatencyModel:
         dense = self._dense_seconds(setup)
         software = self._software_seconds(setup, missed)
         expert = parts.expert(form.used_bytes, rows)
-        disk = parts.reading(missed * (1 - host_rate) * form.disk_bytes)
+        disk = parts.reading(missed * (1 - host_rate) * form.disk_bytes, is_cached=setup.page_cache)
         link, extra = 0.0, 0.0
         if setup.computes_misses:
             extra = missed * parts.host_expert(form.used_bytes, rows)
@@ -216,7 +217,8 @@ class LatencyModel:
             is_held = setup.num_slots + setup.num_host_slots >= spec.num_experts
             from_disk = 0.0 if is_held else absent
         fetch = max(
-            parts.copying(absent * form.slot_bytes), parts.reading(from_disk * form.disk_bytes)
+            parts.copying(absent * form.slot_bytes),
+            parts.reading(from_disk * form.disk_bytes, is_cached=setup.page_cache),
         )
         return max(fetch, compute) + self._software_seconds(
             replace(setup, batch=tokens, context_tokens=0), absent

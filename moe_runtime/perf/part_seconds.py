@@ -55,9 +55,11 @@ class PartSeconds:
         """Of asking for so many experts that are missing."""
         return num_misses * self.overheads.miss_seconds
 
-    def reading(self, num_bytes: float) -> float:
-        """Of the disk; endless where there is none."""
+    def reading(self, num_bytes: float, *, is_cached: bool = False) -> float:
+        """Of the disk, endless where there is none; a copy of what the page cache has."""
         rate = self.rates.disk_bytes_per_second
+        if is_cached:
+            return num_bytes / self.rates.copy_bytes_per_second
         if not num_bytes:
             return 0.0
         return float("inf") if rate is None else num_bytes / rate

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from moe_runtime.model_spec import ModelSpec
 from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.hit_curve import HitCurve
-from moe_runtime.perf.latency import Step
+from moe_runtime.perf.latency import Setup, Step
 
 Goal = Literal["latency", "throughput"]
 
@@ -70,6 +70,7 @@ class Settings:
     prefetch_layers: int
     miss: str
     linears: bool
+    page_cache: bool
     threads: int
     wave_experts: int
     kv_place: str
@@ -86,6 +87,7 @@ class Settings:
             "policy": (self.policy, "lru"),
             "predictor": (self.predictor, "off"),
             "linears": (self.linears, False),
+            "page_cache": (self.page_cache, False),
         }
         return found | {k: value for k, (value, default) in chosen.items() if value != default}
 
@@ -110,6 +112,7 @@ class Candidate:
 
     settings: Settings
     memory: MemoryUse
+    setup: Setup
     step: Step
     prefill_seconds: float
     tokens_per_second: float  # by the goal: of decoding, or of all new tokens, prefill included
