@@ -18,7 +18,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import astuple, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ from plan_cells import (
     Surroundings,
     append,
     cells,
-    curve_of,
+    curves_of,
     folder_of,
     load,
     read,
-    tokens_per_second,
+    time_text,
 )
 from scipy.optimize import least_squares
 
@@ -50,7 +50,7 @@ from moe_runtime.measure.probe.other_load import OtherLoad
 from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.hit_curve import HitCurve
 from moe_runtime.perf.latency import MOST_KERNEL_ROWS, ExpertForm, LatencyModel, Setup
-from moe_runtime.perf.overheads import Overheads
+from moe_runtime.perf.overheads import CPU_OVERHEADS, Overheads
 from moe_runtime.perf.rates import Rates
 
 # Of a run between which the memory's rate changes, or beside which others run; the last one counts.
@@ -64,9 +64,9 @@ def predicted_seconds(
     cell: Cell,
     num_slots: int,
     machine: Hardware,
-    curve: HitCurve,
+    curves: dict[str, HitCurve],
     settings: dict[str, Any],
-    overheads: Overheads | None = None,
+    overheads: Overheads,
 ) -> float:
     """Of one step in the middle of those that are timed."""
     spec = spec_of_folder(folder)
@@ -82,7 +82,7 @@ def predicted_seconds(
         page_cache=settings["page_cache"],
     )
     rates = Rates.of(machine, value_bytes=spec.value_bytes, read_bytes=spec.expert_bytes)
-    return LatencyModel(spec, rates, curve, overheads=overheads).step(setup).seconds
+    return LatencyModel(spec, rates, curves, overheads=overheads).step(setup).seconds
 
 
 def run_once(
@@ -98,34 +98,32 @@ def run_once(
     for _ in range(MOST_TRIES):
         others = OtherLoad()
         before = surroundings.sample()
-        measured = tokens_per_second(model, folder, cell, settings["threads"], seed)
+        timing = time_text(model, folder, cell, settings["threads"], seed)
         after = surroundings.sample()
         others_cores = others.cores()
         low, high = sorted((before.memory_gbps, after.memory_gbps))
         if high / low - 1 <= PLAN["most_drift"] and others_cores <= MOST_OTHERS_CORES:
             break
-    machine = surroundings.machine(before, after)
+    measured = timing.tokens_per_second
+    machine = surroundings.machine(before, after, timing)
     num_slots = moe_runtime.handle(model).budget.num_slots
-    place = (folder, cell, num_slots, machine, curve_of(folder, cell, work), settings)
-    expected = predicted_seconds(*place)
-    found = {
+    place = (folder, cell, num_slots, machine, curves_of(folder, cell, work), settings)
+    parts = shares(place)
+    expected = predicted(parts, CPU_OVERHEADS, cell.batch)
+    print(f"{cell.name}: {measured:.4g} measured, {expected:.4g} predicted", flush=True)
+    return {
         "cell": cell.name,
         "batch": cell.batch,
         "settings": settings,
         "process": os.getpid(),
         "measured": measured,
-        "predicted": cell.batch / expected,
         "memory_gbps": [before.memory_gbps, after.memory_gbps],
         "disk_gbps": [before.disk_gbps, after.disk_gbps],
+        "operator_nanoseconds": timing.operator_nanoseconds,
         "drift": high / low - 1,
         "others_cores": others_cores,
+        **parts,
     }
-    if cell.model == FIT_MODEL:
-        found |= shares(place)
-    print(
-        f"{cell.name}: {measured:.4g} measured, {cell.batch / expected:.4g} predicted", flush=True
-    )
-    return found
 
 
 def shares(place: tuple[Any, ...]) -> dict[str, Any]:
@@ -139,6 +137,12 @@ def shares(place: tuple[Any, ...]) -> dict[str, Any]:
     return {"lane_seconds": lanes, "counts": counts}
 
 
+def predicted(run: dict[str, Any], overheads: Overheads, batch: int) -> float:
+    """Tokens a second, from `shares`: a step's overheads add up."""
+    costs = zip(run["counts"], astuple(overheads), strict=True)
+    return batch / (run["lane_seconds"] + sum(count * cost for count, cost in costs))
+
+
 def measure_cells(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + arguments.seconds
     for cell in cells(arguments.model, arguments.residency, arguments.batch):
@@ -149,7 +153,7 @@ def measure_cells(arguments: argparse.Namespace) -> None:
         if time.monotonic() > end:
             return
         folder = folder_of(cell.model, arguments.work)
-        curve_of(folder, cell, arguments.work)
+        curves_of(folder, cell, arguments.work)
         model = load(folder, cell, DEFAULTS)
         with closing(moe_runtime.handle(model)), Surroundings.of(folder) as surroundings:
             for number in range(done, done + here):
@@ -190,7 +194,7 @@ def key(cell: str, settings: dict[str, Any]) -> str:
 def show_fit(arguments: argparse.Namespace) -> None:
     rows, rests = [], []
     for one in read(arguments.results):
-        if "counts" in one and one["others_cores"] <= MOST_OTHERS_CORES:
+        if one["others_cores"] <= MOST_OTHERS_CORES:
             seconds = one["batch"] / one["measured"]
             # In shares of the step: each run counts alike.
             rows.append([count / seconds for count in one["counts"]])
@@ -221,7 +225,7 @@ def show_table(arguments: argparse.Namespace) -> None:
     for name, runs in groups.items():
         rates = sorted(one["measured"] for one in runs)
         middle = statistics.median(rates)
-        expected = statistics.median(one["predicted"] for one in runs)
+        expected = statistics.median(predicted(one, CPU_OVERHEADS, one["batch"]) for one in runs)
         errors.append(abs(expected / middle - 1))
         print(
             f"| {name} | {len(runs)}, {len({one['process'] for one in runs})} | {middle:.4g} | "

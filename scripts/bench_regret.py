@@ -15,6 +15,7 @@ import time
 import warnings
 from collections import defaultdict
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,14 @@ from plan_cells import (
     PLAN,
     TIMED_SEED,
     Cell,
+    Timing,
     append,
     cells,
+    curves_of,
     folder_of,
     load,
     read,
-    tokens_per_second,
+    time_text,
 )
 
 import moe_runtime
@@ -60,14 +63,18 @@ def without_threads(settings: Settings) -> str:
     return key({name: value for name, value in settings.items() if name != "threads"})
 
 
-def chosen_settings(folder: Path, cell: Cell) -> Settings:
-    """What a plan takes, of the settings in the grid, before anything is tried."""
+def chosen_settings(folder: Path, cell: Cell, work: Path) -> Settings:
+    """What a plan takes, of the settings in the grid, before anything is tried.
+
+    Hit rates are simulated on the routing of other texts, as `plan --trace` has them.
+    """
     spec = spec_of_folder(folder)
     plan = make_plan(
         PlanRequest(
             spec=spec,
             hardware=this_machine(folder, read_bytes=spec.expert_bytes),
             batch=cell.batch,
+            curves=curves_of(folder, cell, work),
             prompt_tokens=cell.prompt_tokens,
             new_tokens=PLAN["new_tokens"],
             expert_memory_bytes=cell.residency * spec.expert_total_bytes // 100,
@@ -87,12 +94,14 @@ def sweep(cell: Cell, folder: Path, results: Path, end: float) -> bool:
         model = load(folder, cell, alike[0])
         with closing(moe_runtime.handle(model)):
             for settings in alike:
-                rate = tokens_per_second(model, folder, cell, settings["threads"], TIMED_SEED)
-                append(results, line(cell, "sweep", settings, rate))
+                timing = time_text(model, folder, cell, settings["threads"], TIMED_SEED)
+                append(results, line(cell, "sweep", settings, timing))
     return True
 
 
-def compare(cell: Cell, folder: Path, results: Path, end: float, num_rounds: int) -> None:
+def compare(
+    cell: Cell, folder: Path, results: Path, work: Path, end: float, num_rounds: int
+) -> None:
     """The best three of the sweep, the chosen plan and the defaults, in turns."""
     swept = {key(one["settings"]): one for one in runs_of(results, cell, "sweep")}
     ranked = sorted(swept.values(), key=lambda one: -one["tokens_per_second"])
@@ -101,7 +110,7 @@ def compare(cell: Cell, folder: Path, results: Path, end: float, num_rounds: int
         chosen = done[0]["chosen"]
         rivals = list({key(one["settings"]): one["settings"] for one in done}.values())
     else:
-        chosen = chosen_settings(folder, cell)
+        chosen = chosen_settings(folder, cell, work)
         best = [one["settings"] for one in ranked[:3]]
         rivals = list({key(one): one for one in [*best, chosen, DEFAULTS]}.values())
     first = len(done) // len(rivals)
@@ -112,25 +121,27 @@ def compare(cell: Cell, folder: Path, results: Path, end: float, num_rounds: int
             stack.enter_context(closing(moe_runtime.handle(model)))
             models[key(settings)] = model
             # Reads ahead and evictions by prediction need a text to find their feet.
-            tokens_per_second(model, folder, cell, settings["threads"], TIMED_SEED)
+            time_text(model, folder, cell, settings["threads"], TIMED_SEED)
         for number in range(first, num_rounds):
             for _ in range(MOST_TRIES):
                 if time.monotonic() > end:
                     return
                 others = OtherLoad()
                 found = []
-                for settings in rivals:
+                # Each goes first in turn: what a run leaves in caches is the next one's.
+                turn = number % len(rivals)
+                for settings in [*rivals[turn:], *rivals[:turn]]:
                     model, seed = models[key(settings)], TIMED_SEED + number
-                    rate = tokens_per_second(model, folder, cell, settings["threads"], seed)
-                    found.append(line(cell, "round", settings, rate) | {"chosen": chosen})
+                    timing = time_text(model, folder, cell, settings["threads"], seed)
+                    found.append(line(cell, "round", settings, timing) | {"chosen": chosen})
                 if others.cores() <= MOST_OTHERS_CORES:
                     break
             for one in found:  # a round counts when it is whole
                 append(results, one)
 
 
-def line(cell: Cell, kind: str, settings: Settings, rate: float) -> dict[str, Any]:
-    return {"cell": cell.name, "kind": kind, "settings": settings, "tokens_per_second": rate}
+def line(cell: Cell, kind: str, settings: Settings, timing: Timing) -> dict[str, Any]:
+    return {"cell": cell.name, "kind": kind, "settings": settings} | asdict(timing)
 
 
 def runs_of(results: Path, cell: Cell, kind: str) -> list[dict[str, Any]]:
@@ -147,7 +158,7 @@ def run(arguments: argparse.Namespace) -> None:
                 continue
         if not sweep(cell, folder, arguments.results, end) or time.monotonic() > end:
             return
-        compare(cell, folder, arguments.results, end, arguments.rounds)
+        compare(cell, folder, arguments.results, arguments.work, end, arguments.rounds)
         print(f"{cell.name} {'left unfinished' if time.monotonic() > end else 'done'}")
 
 

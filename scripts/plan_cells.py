@@ -21,11 +21,13 @@ from moe_runtime.integrations.transformers.spec_reader import spec_of_folder
 from moe_runtime.measure.bench.presets import load_preset
 from moe_runtime.measure.bench.random_checkpoint import write_random_checkpoint
 from moe_runtime.measure.direct_read import FolderReads, open_folder
+from moe_runtime.measure.operator_rate import operator_seconds
 from moe_runtime.measure.probe.memory_rate import CpuMemoryRate
 from moe_runtime.measure.routing_recorder import RoutingRecorder
 from moe_runtime.perf.hardware import Hardware, ReadRate
 from moe_runtime.perf.hardware_presets import load_hardware_preset
 from moe_runtime.perf.hit_curve import HitCurve
+from moe_runtime.perf.latency import LFU, LRU
 from moe_runtime.perf.remedies import scaled_memory
 from moe_runtime.simulate.hit_rates import hit_curve
 from moe_runtime.trace import Phase, Trace
@@ -104,10 +106,9 @@ def load(folder: Path, cell: Cell, settings: dict[str, Any]) -> Any:
 
 
 @torch.no_grad()
-def decode(model: Any, tokens: torch.Tensor, cell: Cell) -> list[float]:
+def decode(model: Any, tokens: torch.Tensor, cell: Cell) -> Iterator[float]:
     """Seconds of each step after the prompt."""
     output = model(input_ids=tokens[:, : cell.prompt_tokens], use_cache=True, logits_to_keep=1)
-    seconds = []
     for step in range(cell.prompt_tokens, tokens.shape[1]):
         start = time.perf_counter()
         output = model(
@@ -115,30 +116,47 @@ def decode(model: Any, tokens: torch.Tensor, cell: Cell) -> list[float]:
             past_key_values=output.past_key_values,
             use_cache=True,
         )
-        seconds.append(time.perf_counter() - start)
-    return seconds
+        yield time.perf_counter() - start
 
 
-def tokens_per_second(model: Any, folder: Path, cell: Cell, threads: int, seed: int) -> float:
-    """By the median step of those that count."""
+@dataclass(frozen=True)
+class Timing:
+    """Of one text: by the median step of those that count, and of small operators between them."""
+
+    tokens_per_second: float
+    operator_nanoseconds: float
+
+
+def time_text(model: Any, folder: Path, cell: Cell, threads: int, seed: int) -> Timing:
+    """The processor's pace changes within seconds, so it is taken between steps."""
     torch.set_num_threads(threads)
-    seconds = decode(model, forced_tokens(folder, cell, seed), cell)
-    return cell.batch / statistics.median(seconds[WARM_STEPS:])
+    steps, operators = [], []
+    for seconds in decode(model, forced_tokens(folder, cell, seed), cell):
+        steps.append(seconds)
+        operators.append(operator_seconds(repeats=1))
+    return Timing(
+        tokens_per_second=cell.batch / statistics.median(steps[WARM_STEPS:]),
+        operator_nanoseconds=1e9 * statistics.median(operators[WARM_STEPS:]),
+    )
 
 
-def curve_of(folder: Path, cell: Cell, work: Path) -> HitCurve:
-    """Simulated on the routing of other texts, decoded in the same batch behind such a prompt."""
+def curves_of(folder: Path, cell: Cell, work: Path) -> dict[str, HitCurve]:
+    """By policy, simulated on the routing of other texts: as many, behind as long a prompt."""
     path = work / f"routing-{cell.model}-{cell.batch}-{cell.prompt_tokens}.npz"
     if not path.is_file():
         model = moe_runtime.load(folder, warm_start=False)
         writer = TraceWriter(path)
         with closing(moe_runtime.handle(model)), RoutingRecorder(model, writer, name=cell.model):
             for text in range(CURVE_TEXTS):
-                decode(model, forced_tokens(folder, cell, CURVE_SEED + text), cell)
+                for _ in decode(model, forced_tokens(folder, cell, CURVE_SEED + text), cell):
+                    pass
         writer.close()
     trace = Trace.load(path)
     decoded = trace.select((trace.phase == Phase.DECODE).nonzero()[0])
-    return hit_curve(decoded, batch=cell.batch, is_own=True)
+    return {
+        policy: hit_curve(decoded, policy=policy, batch=cell.batch, is_own=True)
+        for policy in (LRU, LFU)
+    }
 
 
 @dataclass(frozen=True)
@@ -171,8 +189,8 @@ class Surroundings:
         memory = statistics.median(self._memory.read_gbps() for _ in range(_REPEATS))
         return Rates(memory_gbps=memory, disk_gbps=disk)
 
-    def machine(self, before: Rates, after: Rates) -> Hardware:
-        """The probed file of this machine, at the rates between `before` and `after`."""
+    def machine(self, before: Rates, after: Rates, timing: Timing) -> Hardware:
+        """The probed file of this machine, at the rates around a text and between its steps."""
         base = load_hardware_preset("2-core-epyc")
         assert base.disk is not None
         read = statistics.mean((before.memory_gbps, after.memory_gbps))
@@ -182,7 +200,11 @@ class Surroundings:
             gbps=statistics.mean((before.disk_gbps, after.disk_gbps)),
         )
         scaled = scaled_memory(base, read / base.memory.read_gbps)
-        return replace(scaled, disk=replace(base.disk, reads=(rate,)))
+        return replace(
+            scaled,
+            cpu=replace(base.cpu, operator_nanoseconds=timing.operator_nanoseconds),
+            disk=replace(base.disk, reads=(rate,)),
+        )
 
 
 def read(results: Path) -> list[dict[str, Any]]:

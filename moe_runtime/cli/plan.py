@@ -146,7 +146,7 @@ def plan(
             new_tokens=new_tokens,
             batch=num_batch,
             allows_lossy=allow_lossy,
-            curve=None if trace is None else _curve(trace),
+            curves={} if trace is None else _curves(trace),
             memory_bytes=most_bytes,
             host_memory_bytes=most_host_bytes,
         )
@@ -215,7 +215,8 @@ def _machine_name(hardware: "Hardware") -> str:
     return (hardware.gpus[0].name if hardware.gpus else hardware.cpu.model) + sheet
 
 
-def _curve(trace: Path) -> "HitCurve":
+def _curves(trace: Path) -> "dict[str, HitCurve]":
+    from moe_runtime.perf.latency import LFU, LRU
     from moe_runtime.simulate.hit_rates import hit_curve
     from moe_runtime.trace import Trace
     from moe_runtime.trace_fields import FIELDS
@@ -223,7 +224,7 @@ def _curve(trace: Path) -> "HitCurve":
     found = Trace.load(trace, leave_out=set(FIELDS) - {"topk", "step"})
     if found.num_tokens == 0:
         raise ConfigError(f"{trace} holds no tokens; record one with moe-runtime trace record")
-    return hit_curve(found)
+    return {policy: hit_curve(found, policy=policy) for policy in (LRU, LFU)}
 
 
 def _table(found: "Plan", title: str) -> Table:

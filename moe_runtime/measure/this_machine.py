@@ -14,6 +14,7 @@ import psutil
 
 from moe_runtime import __version__
 from moe_runtime.measure.direct_read import open_folder
+from moe_runtime.measure.operator_rate import operator_seconds
 from moe_runtime.measure.probe.nvml import open_nvml
 from moe_runtime.measure.processor import this_processor
 from moe_runtime.memory.available import available_memory_bytes
@@ -47,7 +48,13 @@ def this_machine(folder: Path, *, read_bytes: int = _MOST_BLOCK_BYTES) -> Hardwa
             moe_runtime=__version__,
             others_cores=0.0,
         ),
-        cpu=Cpu(model=processor.model, physical_cores=cores, threads=cores, isa=processor.flags),
+        cpu=Cpu(
+            model=processor.model,
+            physical_cores=cores,
+            threads=cores,
+            isa=processor.flags,
+            operator_nanoseconds=round(1e9 * operator_seconds(), 1),
+        ),
         memory=_memory(cores),
         disk=_disk(folder, read_bytes),
         gpus=tuple(_known_gpus()),

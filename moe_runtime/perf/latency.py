@@ -3,6 +3,7 @@
 Lanes are arithmetic (which reads weights from memory), the link to a GPU, and the disk.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -16,9 +17,15 @@ from moe_runtime.perf.rates import Rates
 PACKED_SHARE = 0.751
 ROUNDED_SHRINK = {"int8": 1.95, "int4": 3.5}
 MOST_KERNEL_ROWS = 8
-# plec's own time a token, and the recall of the model's own routers a layer ahead.
-PLEC_SECONDS = 1.5e-3
+LRU, LFU, PLEC = "lru", "lfu", "plec"
+PLEC_SECONDS = 1.5e-3  # its own time a token
+# Reading ahead by the model's own routers: their recall a layer ahead; the share of what lanes
+# allow that an oracle gained on two cores, 3 to 5 % where a simulation finds 25 %, as threads that
+# compute in lockstep wait for the one beside a reader; and predicting itself, a layer and forward
+# (docs/benchmarks/prefetch_2-core-epyc_2026-11-23.md).
 LOOKAHEAD_RECALL = 0.8
+REALISED_SHARE = 0.2
+FORETELL_SECONDS = 0.2e-3
 # A quantised expert is expanded when it is used: written and read once more in 16 bits.
 _EXPANSIONS = 2
 
@@ -83,7 +90,7 @@ class Setup:
     num_host_slots: int
     batch: int
     context_tokens: int
-    policy: str = "lru"
+    policy: str = LRU
     reads_ahead: bool = False
     linears: bool = False
     page_cache: bool = False  # which has all experts' files
@@ -113,31 +120,33 @@ class Step:
 
 
 class LatencyModel:
-    """One model on one machine, with the hit rates of `curve`, or stated priors."""
+    """One model on one machine, with the hit rates of `curves` by policy, or stated priors.
+
+    Where there are curves, that of lru is among them, and stands in for a policy without one.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         rates: Rates,
-        curve: HitCurve | None = None,
+        curves: Mapping[str, HitCurve] | None = None,
         *,
         overheads: Overheads | None = None,
     ) -> None:
         self.spec = spec
         self.rates = rates
         self._parts = PartSeconds.on(rates, overheads)
-        self._curve = curve
+        self._curves = curves or {LRU: LRU_PRIOR, PLEC: PLEC_PRIOR}
 
     def hit_rate(self, setup: Setup, num_slots: int) -> float:
         """Of so many slots under the policy of `setup`."""
-        if self._curve is not None:
-            return self._curve.at(num_slots, self.spec, setup.batch)
-        prior = PLEC_PRIOR if setup.policy == "plec" else LRU_PRIOR
-        return prior.at(num_slots, self.spec, setup.batch)
+        return self._curve(setup).at(num_slots, self.spec, setup.batch)
 
     def _used_experts(self, setup: Setup) -> float:
-        curve = LRU_PRIOR if self._curve is None else self._curve
-        return curve.used_experts(self.spec, setup.batch)
+        return self._curve(setup).used_experts(self.spec, setup.batch)
+
+    def _curve(self, setup: Setup) -> HitCurve:
+        return self._curves.get(setup.policy, self._curves[LRU])
 
     def step(self, setup: Setup) -> Step:
         """One new token for each of `batch` sequences.
@@ -145,7 +154,7 @@ class LatencyModel:
         For L layers of which each uses A/L experts, M/L of them missing,
 
             t = L (dense + max(A/L expert, M/L fetch + expert)) - gain
-            gain = recall L min(M/L fetch, dense)
+            gain = max(0, realised recall L min(M/L fetch, dense) - L foretell)
 
         as a layer computes what it has while the rest is read, and the last one read is computed
         after it has come. Reading ahead gains at most the sum of min(copy, compute) (arXiv
@@ -179,7 +188,11 @@ class LatencyModel:
         present = used * expert if not extra else (used - missed) * expert
         waits = fetch + (expert * num_layers if missed and not extra else 0.0)
         ahead = dense + software
-        gain = LOOKAHEAD_RECALL * min(fetch, ahead) if setup.reads_ahead and not extra else 0.0
+        gain = 0.0
+        if setup.reads_ahead and not extra:
+            gain = REALISED_SHARE * LOOKAHEAD_RECALL * min(fetch, ahead)
+            # A gate ends what gains nothing.
+            gain = max(0.0, gain - num_layers * FORETELL_SECONDS)
         seconds = ahead + max(present, waits) - gain
         return Step(
             seconds=seconds,
@@ -239,4 +252,4 @@ class LatencyModel:
             len(self.spec.layers), setup.batch, uses_kernel=setup.uses_kernel
         ) + parts.starting_reads(missed)
         seconds += parts.attention(setup.batch * self.spec.attention_flops(setup.context_tokens))
-        return seconds + (setup.batch * PLEC_SECONDS if setup.policy == "plec" else 0.0)
+        return seconds + (setup.batch * PLEC_SECONDS if setup.policy == PLEC else 0.0)

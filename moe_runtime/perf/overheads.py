@@ -1,6 +1,10 @@
 """Seconds of a step that no rate explains: Python, norms, routing, tensors, starting reads."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Self
+
+# Of one small operator from Python on the machine that the overheads are of, as it ran then.
+OPERATOR_SECONDS = 400e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +18,10 @@ class Overheads:
     miss_seconds: float
     row_seconds: float
     attention_flop_seconds: float
+
+    def times(self, factor: float) -> Self:
+        """On a processor that takes so many times as long."""
+        return type(self)(**{name: factor * cost for name, cost in asdict(self).items()})
 
 
 # Fitted by scripts/bench_model.py to runs of a small random model, none of the validated ones, on

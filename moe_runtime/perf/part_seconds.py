@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import Self
 
-from moe_runtime.perf.overheads import CPU_OVERHEADS, GPU_OVERHEADS, Overheads
+from moe_runtime.perf.overheads import (
+    CPU_OVERHEADS,
+    GPU_OVERHEADS,
+    OPERATOR_SECONDS,
+    Overheads,
+)
 from moe_runtime.perf.rates import Rates
 
 
@@ -19,9 +24,15 @@ class PartSeconds:
 
     @classmethod
     def on(cls, rates: Rates, overheads: Overheads | None = None) -> Self:
-        """With the usual overheads of the CPU, or of a GPU where `rates` have a link to one."""
+        """With the usual overheads of the CPU, or of a GPU where `rates` have a link to one.
+
+        They are those of a processor with OPERATOR_SECONDS; another one's are in proportion.
+        """
         usual = CPU_OVERHEADS if rates.link_bytes_per_second is None else GPU_OVERHEADS
-        return cls(rates=rates, overheads=usual if overheads is None else overheads)
+        costs = usual if overheads is None else overheads
+        if rates.operator_seconds is not None:
+            costs = costs.times(rates.operator_seconds / OPERATOR_SECONDS)
+        return cls(rates=rates, overheads=costs)
 
     def dense(self, weight_bytes: float, rows: float, *, uses_kernel: bool) -> float:
         """Of linear layers, torch's or those of the experts' kernel."""

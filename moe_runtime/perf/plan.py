@@ -18,7 +18,8 @@ class PlanRequest:
 
     `memory_bytes` and `host_memory_bytes` are what may be used where experts are computed and, with
     a GPU, on the host behind it, if less than the machine has; `expert_memory_bytes` bounds the
-    experts' part. `fixed` are settings that are not to be chosen, by their names in `load()`.
+    experts' part. `curves` are hit rates by policy, lru's among them; without any, priors stand in.
+    `fixed` are settings that are not to be chosen, by their names in `load()`.
     """
 
     spec: ModelSpec
@@ -33,7 +34,7 @@ class PlanRequest:
     expert_memory_bytes: int | None = None
     allows_lossy: bool = False
     is_exact: bool = False
-    curve: HitCurve | None = None
+    curves: Mapping[str, HitCurve] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from itertools import product
 
 from moe_runtime.errors import BudgetError, ConfigError
 from moe_runtime.perf.bounds import bounds
-from moe_runtime.perf.latency import ExpertForm, LatencyModel, Setup
+from moe_runtime.perf.latency import LFU, LRU, PLEC, ExpertForm, LatencyModel, Setup
 from moe_runtime.perf.plan import Candidate, MemoryUse, Plan, PlanRequest, Remedy, Settings
 from moe_runtime.perf.plan_memory import (
     limit_bytes,
@@ -50,7 +50,7 @@ def decode_rate(request: PlanRequest, candidate: Candidate, context_tokens: int)
 def _latency_model(request: PlanRequest) -> LatencyModel:
     spec = request.spec
     rates = Rates.of(request.hardware, value_bytes=spec.value_bytes, read_bytes=spec.expert_bytes)
-    return LatencyModel(spec, rates, request.curve)
+    return LatencyModel(spec, rates, request.curves)
 
 
 def _ranked(request: PlanRequest) -> list[Candidate]:
@@ -127,7 +127,9 @@ def _candidates(
     def choices(name: str, *options: object) -> Sequence[object]:
         return (fixed[name],) if name in fixed else options
 
-    policies = choices("policy", *(("lru",) if holds_all else ("lru", "plec")))
+    # What no curve tells of lfu is that it is worse than lru on the priors' own routing.
+    policies = (LRU, PLEC, LFU) if LFU in request.curves else (LRU, PLEC)
+    kept = choices("policy", *((LRU,) if holds_all else policies))
     ahead = choices("predictor", *(("off",) if holds_all or has_gpu else ("off", "auto")))
     kernels = choices("linears", *((False,) if has_gpu or request.is_exact else (False, True)))
     may_compute = has_gpu and not holds_all and not request.is_exact
@@ -137,7 +139,7 @@ def _candidates(
     cached = choices("page_cache", *((False, True) if may_cache else (False,)))
     misses = choices("miss", *(("copy", "cpu") if may_compute else ("auto",)))
     for linears, policy, predictor, page_cache, miss in product(
-        kernels, policies, ahead, cached, misses
+        kernels, kept, ahead, cached, misses
     ):
         setup = Setup(
             form=form,
@@ -215,9 +217,10 @@ def _what_would_help(request: PlanRequest, best: Candidate) -> tuple[Remedy, ...
 
 
 def _assumptions(request: PlanRequest, best: Candidate) -> tuple[str, ...]:
-    curve = request.curve
+    curves = request.curves
+    policy = best.settings.policy if best.settings.policy in curves else LRU
     found = [
-        f"hit rates: {'prior, gpt-oss-20b' if curve is None else curve.source}",
+        f"hit rates: {curves[policy].source if curves else 'prior, gpt-oss-20b'}",
         "tokens of a batch choose experts independently and uniformly",
         "lanes overlap within a layer and do not slow each other down",
         *request.spec.assumptions,

@@ -15,6 +15,7 @@ def test_what_is_measured_is_a_sound_hardware_file(tmp_path: Path) -> None:
     assert found.disk is not None
     assert found.disk.reads[0].block_bytes == 48 * 4096  # whole pages of about as much
     assert found.memory.read_gbps > 0
+    assert found.cpu.operator_nanoseconds is not None
     assert found.memory.available_bytes <= found.memory.total_bytes
     found.save(tmp_path / "machine.yaml")
     assert Hardware.load(tmp_path / "machine.yaml") == found

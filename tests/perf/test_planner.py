@@ -16,6 +16,7 @@ from moe_runtime.perf.hardware_presets import (
     load_hardware_preset,
     preset_of_gpu,
 )
+from moe_runtime.perf.hit_curve import HitCurve
 from moe_runtime.perf.plan import Plan, PlanRequest
 from moe_runtime.perf.planner import decode_rate, make_plan
 
@@ -118,6 +119,19 @@ def test_a_plan_can_be_asked_for_another_context() -> None:
     context = asked.prompt_tokens + asked.new_tokens // 2
     assert decode_rate(asked, chosen, context) == pytest.approx(chosen.tokens_per_second)
     assert decode_rate(asked, chosen, 40) > chosen.tokens_per_second
+
+
+def test_lfu_is_chosen_where_a_trace_says_that_it_hits_more() -> None:
+    curves = {
+        policy: HitCurve(shares=(0.5,), hit_rates=(rate,), used_share=0.125, source=f"by {policy}")
+        for policy, rate in (("lru", 0.5), ("lfu", 0.8))
+    }
+    small = {"memory_bytes": 10 * 2**30}
+    plan = make_plan(request(curves=curves, **small))
+    assert plan.chosen.settings.policy == "lfu"
+    assert "hit rates: by lfu" in plan.assumptions
+    policies = {one.settings.policy for one in make_plan(request(**small)).others}
+    assert "lfu" not in policies
 
 
 def test_files_are_cached_where_all_of_them_fit_beside_the_plan() -> None:
