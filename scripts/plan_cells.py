@@ -160,7 +160,7 @@ def curves_of(folder: Path, cell: Cell, work: Path) -> dict[str, HitCurve]:
 
 
 @dataclass(frozen=True)
-class Rates:
+class Sample:
     """GB/s of memory, and of the disk in blocks of an expert, within one moment."""
 
     memory_gbps: float
@@ -182,14 +182,14 @@ class Surroundings:
             reads = open_folder(folder, least_bytes=_FILE_BYTES, scratch_bytes=_FILE_BYTES)
             yield cls(stack.enter_context(memory), stack.enter_context(reads), pages * _PAGE_BYTES)
 
-    def sample(self) -> Rates:
+    def sample(self) -> Sample:
         disk = self._disk.reads.rate_gbps(
             block_bytes=self._block_bytes, num_threads=_DISK_DEPTH, seconds=_DISK_SECONDS
         )
         memory = statistics.median(self._memory.read_gbps() for _ in range(_REPEATS))
-        return Rates(memory_gbps=memory, disk_gbps=disk)
+        return Sample(memory_gbps=memory, disk_gbps=disk)
 
-    def machine(self, before: Rates, after: Rates, timing: Timing) -> Hardware:
+    def machine(self, before: Sample, after: Sample, timing: Timing) -> Hardware:
         """The probed file of this machine, at the rates around a text and between its steps."""
         base = load_hardware_preset("2-core-epyc")
         assert base.disk is not None

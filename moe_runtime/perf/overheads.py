@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Self
 
-# Of one small operator from Python on the machine that the overheads are of, as it ran then.
+# Of one small operator from Python (measure/operator_rate.py) where the overheads are as below.
 OPERATOR_SECONDS = 400e-9
 
 
@@ -27,11 +27,11 @@ class Overheads:
 # Fitted by scripts/bench_model.py to runs of a small random model, none of the validated ones, on
 # two cores.
 CPU_OVERHEADS = Overheads(
-    layer_seconds=0.781e-3,
-    kernel_layer_seconds=0.677e-3,
-    miss_seconds=0.138e-3,
-    row_seconds=6.2e-6,
-    attention_flop_seconds=3.1e-10,
+    layer_seconds=0.929e-3,
+    kernel_layer_seconds=0.756e-3,
+    miss_seconds=0.159e-3,
+    row_seconds=13.3e-6,
+    attention_flop_seconds=2.0e-10,
 )
 # Never timed: a layer's kernels, each launched in some microseconds.
 GPU_OVERHEADS = Overheads(
