@@ -152,10 +152,10 @@ def run(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + arguments.seconds
     for cell in cells(arguments.model, arguments.residency, arguments.batch):
         folder = folder_of(cell.model, arguments.work)
-        if len(runs_of(arguments.results, cell, "round")) >= arguments.rounds:
-            rounds = runs_of(arguments.results, cell, "round")
-            if len(rounds) >= arguments.rounds * len({key(one["settings"]) for one in rounds}):
-                continue
+        rounds = runs_of(arguments.results, cell, "round")
+        rivals = {key(one["settings"]) for one in rounds}
+        if rounds and len(rounds) >= arguments.rounds * len(rivals):
+            continue
         if not sweep(cell, folder, arguments.results, end) or time.monotonic() > end:
             return
         compare(cell, folder, arguments.results, arguments.work, end, arguments.rounds)

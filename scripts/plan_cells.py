@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,21 @@ def time_text(model: Any, folder: Path, cell: Cell, threads: int, seed: int) -> 
 
 
 def curves_of(folder: Path, cell: Cell, work: Path) -> dict[str, HitCurve]:
-    """By policy, simulated on the routing of other texts: as many, behind as long a prompt."""
+    """By policy, simulated once on the routing of other texts: as many, behind as long a prompt."""
+    path = work / f"curves-{cell.model}-{cell.batch}-{cell.prompt_tokens}.json"
+    if not path.is_file():
+        decoded = routing_of(folder, cell, work)
+        curves = {
+            policy: hit_curve(decoded, policy=policy, batch=cell.batch, is_own=True)
+            for policy in (LRU, LFU)
+        }
+        path.write_text(json.dumps({policy: asdict(curve) for policy, curve in curves.items()}))
+    found = json.loads(path.read_text())
+    return {policy: HitCurve(**fields) for policy, fields in found.items()}
+
+
+def routing_of(folder: Path, cell: Cell, work: Path) -> Trace:
+    """Of decode steps of other texts than those that are timed."""
     path = work / f"routing-{cell.model}-{cell.batch}-{cell.prompt_tokens}.npz"
     if not path.is_file():
         model = moe_runtime.load(folder, warm_start=False)
@@ -152,11 +166,7 @@ def curves_of(folder: Path, cell: Cell, work: Path) -> dict[str, HitCurve]:
                     pass
         writer.close()
     trace = Trace.load(path)
-    decoded = trace.select((trace.phase == Phase.DECODE).nonzero()[0])
-    return {
-        policy: hit_curve(decoded, policy=policy, batch=cell.batch, is_own=True)
-        for policy in (LRU, LFU)
-    }
+    return trace.select((trace.phase == Phase.DECODE).nonzero()[0])
 
 
 @dataclass(frozen=True)
