@@ -150,7 +150,7 @@ def _candidates(
             policy=str(policy),
             reads_ahead=predictor != "off" and not holds_all,
             linears=bool(linears),
-            page_cache=bool(page_cache),
+            page_cache=bool(page_cache) and may_cache,
             computes_misses=miss == "cpu",
         )
         micro = micro_batch(request, batch)
