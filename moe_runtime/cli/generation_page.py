@@ -78,5 +78,5 @@ def _remark(found: RunPrediction, hardware: str) -> str:
     return (
         f"By the rates of {hardware}, over {which} {found.num_steps} decode steps: the simulator "
         "plays the experts that this run asked for, from an empty cache and with nothing read "
-        "ahead; attention over the context and the start of kernels are not counted."
+        "ahead; attention over the context is not counted."
     )

@@ -15,6 +15,7 @@ from moe_runtime.errors import ConfigError
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 
 if TYPE_CHECKING:
+    from moe_runtime.model_spec import ModelSpec
     from moe_runtime.perf.hardware import Hardware
     from moe_runtime.perf.hit_curve import HitCurve
     from moe_runtime.perf.plan import Candidate, Plan
@@ -136,7 +137,7 @@ def plan(
 
             check_plot_name(plot)
         spec = read_spec(model)
-        machine = _machine(hardware, Path(model), terminal)
+        machine = _machine(hardware, Path(model), spec, terminal)
         request = PlanRequest(
             spec=spec,
             hardware=machine,
@@ -145,7 +146,7 @@ def plan(
             new_tokens=new_tokens,
             batch=num_batch,
             allows_lossy=allow_lossy,
-            curve=None if trace is None else _curve(trace),
+            curves={} if trace is None else _curves(trace),
             memory_bytes=most_bytes,
             host_memory_bytes=most_host_bytes,
         )
@@ -183,7 +184,7 @@ def _size(written: str | None) -> int | None:
     return num_bytes
 
 
-def _machine(name: str | None, model: Path, terminal: Terminal) -> "Hardware":
+def _machine(name: str | None, model: Path, spec: "ModelSpec", terminal: Terminal) -> "Hardware":
     """Of a file, a preset, or this machine, which is also the fallback for unknown names."""
     from moe_runtime.perf.hardware import Hardware
     from moe_runtime.perf.hardware_presets import hardware_preset_names, load_hardware_preset
@@ -206,7 +207,7 @@ def _machine(name: str | None, model: Path, terminal: Terminal) -> "Hardware":
         from moe_runtime.measure.probe.probe import probe
 
         return probe(folder).hardware
-    return this_machine(folder)
+    return this_machine(folder, read_bytes=spec.expert_bytes)
 
 
 def _machine_name(hardware: "Hardware") -> str:
@@ -214,7 +215,8 @@ def _machine_name(hardware: "Hardware") -> str:
     return (hardware.gpus[0].name if hardware.gpus else hardware.cpu.model) + sheet
 
 
-def _curve(trace: Path) -> "HitCurve":
+def _curves(trace: Path) -> "dict[str, HitCurve]":
+    from moe_runtime.perf.latency import LFU, LRU
     from moe_runtime.simulate.hit_rates import hit_curve
     from moe_runtime.trace import Trace
     from moe_runtime.trace_fields import FIELDS
@@ -222,7 +224,7 @@ def _curve(trace: Path) -> "HitCurve":
     found = Trace.load(trace, leave_out=set(FIELDS) - {"topk", "step"})
     if found.num_tokens == 0:
         raise ConfigError(f"{trace} holds no tokens; record one with moe-runtime trace record")
-    return hit_curve(found)
+    return {policy: hit_curve(found, policy=policy) for policy in (LRU, LFU)}
 
 
 def _table(found: "Plan", title: str) -> Table:
@@ -253,6 +255,7 @@ def _rows(candidate: "Candidate") -> Iterator[tuple[str, str]]:
     yield "experts held as", f"{settings.expert_slots}, dtype {settings.expert_dtype}"
     yield "policy, predictor", f"{settings.policy}, {settings.predictor}"
     yield "linear layers in the kernel", "yes" if settings.linears else "no"
+    yield "reads", "through the page cache" if settings.page_cache else "past the page cache"
     yield "threads", f"{settings.threads}"
     yield "attention cache", f"{format_bytes(settings.kv_bytes)} on the {settings.kv_place}"
     yield "dense weights", format_bytes(memory.dense_bytes)

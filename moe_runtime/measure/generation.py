@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moe_runtime.errors import ParityError
 from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.install import make_policy
+from moe_runtime.integrations.transformers.linears import are_sped_up
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.measure.bench.machine import describe_machine, describe_versions, git_commit
@@ -181,7 +182,7 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
             if request.report is not None:
                 record = recorder.record()
                 if hardware is not None:
-                    prediction = _predict(record, hardware, owner)
+                    prediction = _predict(record, hardware, owner, model)
             forced = []
             if needs_forced_logits(request, report):
                 listener.on_check()
@@ -215,7 +216,9 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
     )
 
 
-def _predict(record: RunRecord, hardware: Hardware, owner: Handle) -> RunPrediction | None:
+def _predict(
+    record: RunRecord, hardware: Hardware, owner: Handle, model: PreTrainedModel
+) -> RunPrediction | None:
     memory = owner.report()["memory"]
     return predict_run(
         record.first,
@@ -226,6 +229,7 @@ def _predict(record: RunRecord, hardware: Hardware, owner: Handle) -> RunPredict
             expert_bytes=memory["expert_bytes"],
             # A token looks one row up in what is mapped.
             dense_bytes=(memory["dense_bytes"] - memory["mapped_bytes"]) // len(owner.sites),
+            uses_kernel=are_sped_up(model),
         ),
     )
 

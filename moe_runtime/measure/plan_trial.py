@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ _PROMPT_TOKENS = 8
 _NUM_TOKENS = 48
 _WARM_SHARE = 1 / 3  # of the tokens, which fill the cache and are not counted
 _LEAST_TOKENS = 6
+# Before the middle one of the steps that count.
+CONTEXT_TOKENS = round(_PROMPT_TOKENS + _NUM_TOKENS * (1 + _WARM_SHARE) / 2)
 _SECONDS = 4.0  # a round of one plan; at least `_LEAST_TOKENS` are run
 # By which a plan must beat the defaults, as medians of so few steps differ by as much by chance.
 _LEAST_GAIN = 1.03
@@ -23,9 +26,16 @@ _LEAST_GAIN = 1.03
 Load = Callable[..., PreTrainedModel]
 
 
-def run_trials(
-    load: Load, candidates: Sequence[tuple[Mapping[str, Any], float | None]]
-) -> tuple[int, tuple[Trial, ...]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """Arguments of `load()`, and tokens a second that are expected where a plan chose them."""
+
+    arguments: Mapping[str, Any]
+    trial_tokens_per_second: float | None = None  # of the trial
+    planned_tokens_per_second: float | None = None  # of what the user asked for
+
+
+def run_trials(load: Load, candidates: Sequence[Candidate]) -> tuple[int, tuple[Trial, ...]]:
     """Which of `candidates` is fastest, and what each took; the first ones are the defaults.
 
     Each is loaded twice, forwards and then backwards, so that a machine that changes its mind does
@@ -37,19 +47,20 @@ def run_trials(
     medians: list[list[float]] = [[] for _ in candidates]
     order = [*range(len(candidates)), *reversed(range(len(candidates)))]
     for index in order:
-        model = load(**candidates[index][0], warm_start=False)
+        model = load(**candidates[index].arguments, warm_start=False)
         with closing(handle(model)):
             medians[index].append(_median_step_seconds(model, tokens))
         del model
     seconds = [min(found) for found in medians]
     trials = tuple(
         Trial(
-            arguments=dict(arguments),
-            predicted_tokens_per_second=predicted,
+            arguments=dict(one.arguments),
+            planned_tokens_per_second=one.planned_tokens_per_second,
+            predicted_tokens_per_second=one.trial_tokens_per_second,
             measured_tokens_per_second=1 / seconds[index],
             step_seconds=tuple(medians[index]),
         )
-        for index, (arguments, predicted) in enumerate(candidates)
+        for index, one in enumerate(candidates)
     )
     faster = [
         index

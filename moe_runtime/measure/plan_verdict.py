@@ -12,7 +12,7 @@ from moe_runtime.perf.hardware import Hardware
 
 logger = logging.getLogger("moe_runtime")
 
-_FORMAT = 1
+_FORMAT = 2
 _SLACK = 0.9  # of the free memory at the trials, which must be free again
 
 
@@ -20,11 +20,13 @@ _SLACK = 0.9  # of the free memory at the trials, which must be free again
 class Trial:
     """One way to load, as predicted and as measured; `arguments` are those of `load()`.
 
-    The prediction is for a context of some hundred tokens, and the trial has a short one.
+    What was planned is for the context that was asked for, what was predicted for the trial's. Both
+    are None for the defaults, which no plan chose.
     """
 
     arguments: dict[str, Any]
-    predicted_tokens_per_second: float | None  # None for the defaults, which no plan chose
+    planned_tokens_per_second: float | None
+    predicted_tokens_per_second: float | None
     measured_tokens_per_second: float
     step_seconds: tuple[float, ...]  # medians, one a round
 

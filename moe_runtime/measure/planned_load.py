@@ -15,14 +15,14 @@ from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.load import load as load_as_asked
 from moe_runtime.integrations.transformers.resolve import resolve_model
 from moe_runtime.integrations.transformers.spec_reader import spec_of_folder
-from moe_runtime.measure.plan_trial import run_trials
+from moe_runtime.measure.plan_trial import CONTEXT_TOKENS, Candidate, run_trials
 from moe_runtime.measure.plan_verdict import Verdict, fingerprint_of, recall
 from moe_runtime.measure.this_machine import this_machine
 from moe_runtime.memory.checkpoint_digest import checkpoint_digest
 from moe_runtime.model_spec import ModelSpec
 from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.plan import PlanRequest
-from moe_runtime.perf.planner import make_plan
+from moe_runtime.perf.planner import decode_rate, make_plan
 
 OFF, AUTO = "off", "auto"
 PLANS = (OFF, AUTO)
@@ -30,7 +30,7 @@ PLANS = (OFF, AUTO)
 _PROMPT_TOKENS, _NEW_TOKENS = 512, 128
 _MOST_PLANS = 2  # that are tried beside the defaults
 # Settings that a plan chooses and a user may have fixed.
-_CHOSEN = ("expert_slots", "expert_dtype", "policy", "predictor", "linears", "miss")
+_CHOSEN = ("expert_slots", "expert_dtype", "policy", "predictor", "linears", "page_cache", "miss")
 _RANKED = ("mesh", "placement", "dispatch")
 _FOR_RESOLVING = (
     "revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code",
@@ -88,27 +88,24 @@ def load(model: str | Path, *, plan: str = OFF, **arguments: Any) -> PreTrainedM
     return loaded
 
 
-def _candidates(
-    folder: Path, machine: Hardware, arguments: Mapping[str, Any]
-) -> list[tuple[dict[str, Any], float | None]]:
-    """What to try, with the tokens a second that are expected; what the user gave is not in it."""
+def _candidates(folder: Path, machine: Hardware, arguments: Mapping[str, Any]) -> list[Candidate]:
+    """What to try, the defaults first; what the user gave is not in it."""
     spec = _spec(folder, arguments)
     context = spec.context_tokens
     new_tokens = min(_NEW_TOKENS, max(1, context // 4))
-    plan = make_plan(
-        PlanRequest(
-            spec=spec,
-            hardware=machine,
-            prompt_tokens=min(_PROMPT_TOKENS, max(1, context // 2)),
-            new_tokens=new_tokens,
-            batch=1,
-            expert_memory_bytes=_expert_bytes(spec, machine, arguments),
-            is_exact=bool(arguments.get("exact", False)),
-            fixed={name: arguments[name] for name in _CHOSEN if name in arguments},
-        )
+    request = PlanRequest(
+        spec=spec,
+        hardware=machine,
+        prompt_tokens=min(_PROMPT_TOKENS, max(1, context // 2)),
+        new_tokens=new_tokens,
+        batch=1,
+        expert_memory_bytes=_expert_bytes(spec, machine, arguments),
+        is_exact=bool(arguments.get("exact", False)),
+        fixed={name: arguments[name] for name in _CHOSEN if name in arguments},
     )
+    plan = make_plan(request)
     has_gpu = bool(machine.gpus)
-    found: list[tuple[dict[str, Any], float | None]] = [({}, None)]
+    found = [Candidate(arguments={})]
     for one in (plan.chosen, *plan.others):
         settings = one.settings.load_arguments(has_gpu=has_gpu)
         if one.settings.num_slots >= spec.num_experts:
@@ -116,8 +113,14 @@ def _candidates(
         if "max_memory" in arguments:
             settings.pop("expert_memory")
         settings = {name: value for name, value in settings.items() if name not in arguments}
-        if all(settings != other for other, _ in found):
-            found.append((settings, one.tokens_per_second))
+        if all(settings != other.arguments for other in found):
+            found.append(
+                Candidate(
+                    arguments=settings,
+                    trial_tokens_per_second=decode_rate(request, one, CONTEXT_TOKENS),
+                    planned_tokens_per_second=one.tokens_per_second,
+                )
+            )
     return found[: 1 + _MOST_PLANS]
 
 
@@ -147,7 +150,7 @@ def _expert_bytes(spec: ModelSpec, machine: Hardware, arguments: Mapping[str, An
 
 def _machine(folder: Path, arguments: Mapping[str, Any]) -> Hardware:
     """This one, without its GPUs where the model computes on the CPU."""
-    machine = this_machine(folder)
+    machine = this_machine(folder, read_bytes=spec_of_folder(folder).expert_bytes)
     device = single_device(arguments.get("device_map"))
     if device.type == "cpu":
         return replace(machine, gpus=())

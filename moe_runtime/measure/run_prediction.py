@@ -14,8 +14,8 @@ class RunPrediction:
     """Of the run's first decode steps, as many as were kept. Hits and misses are of all forwards.
 
     The simulator plays the very experts that were asked for, on an empty cache at first and with
-    nothing read ahead; a cost is paid for each expert as for one row, and none for attention over
-    the context (see StepCost).
+    nothing read ahead; costs are those of one row in each layer and for each expert, and none is
+    paid for attention over the context (see StepCost).
     """
 
     num_steps: int

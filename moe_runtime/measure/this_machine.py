@@ -14,6 +14,7 @@ import psutil
 
 from moe_runtime import __version__
 from moe_runtime.measure.direct_read import open_folder
+from moe_runtime.measure.operator_rate import operator_seconds
 from moe_runtime.measure.probe.nvml import open_nvml
 from moe_runtime.measure.processor import this_processor
 from moe_runtime.memory.available import available_memory_bytes
@@ -22,13 +23,16 @@ from moe_runtime.perf.hardware_presets import load_hardware_preset, preset_of_gp
 
 _ARRAY_BYTES = 64 * 2**20  # a thread, beyond the caches
 _REPEATS = 3
-_BLOCK_BYTES, _DEPTH = 4 * 2**20, 2
+_PAGE_BYTES = 4096
+_MOST_BLOCK_BYTES, _DEPTH = 4 * 2**20, 2  # larger ones are read no faster
 _DISK_SECONDS = 0.15
 _LEAST_BYTES = 32 * 2**20  # of a checkpoint that is read; of the scratch file otherwise
 
 
-def this_machine(folder: Path) -> Hardware:
+def this_machine(folder: Path, *, read_bytes: int = _MOST_BLOCK_BYTES) -> Hardware:
     """Memory, the disk under `folder`, and GPUs by name. What cannot be measured is left out.
+
+    The disk's rate is that of reads of about `read_bytes`: small ones are slower.
 
     A GPU that no preset knows has no rates here: `gpus_without_preset` names it.
     """
@@ -44,9 +48,15 @@ def this_machine(folder: Path) -> Hardware:
             moe_runtime=__version__,
             others_cores=0.0,
         ),
-        cpu=Cpu(model=processor.model, physical_cores=cores, threads=cores, isa=processor.flags),
+        cpu=Cpu(
+            model=processor.model,
+            physical_cores=cores,
+            threads=cores,
+            isa=processor.flags,
+            operator_nanoseconds=round(1e9 * operator_seconds(), 1),
+        ),
         memory=_memory(cores),
-        disk=_disk(folder),
+        disk=_disk(folder, read_bytes),
         gpus=tuple(_known_gpus()),
     )
 
@@ -101,17 +111,19 @@ def _best_gbps(pool: ThreadPoolExecutor, work: Callable[[int], None], num_thread
     return round(num_threads * _ARRAY_BYTES / min(seconds) / 1e9, 3)
 
 
-def _disk(folder: Path) -> Disk | None:
+def _disk(folder: Path, read_bytes: int) -> Disk | None:
+    block_bytes = min(read_bytes // _PAGE_BYTES * _PAGE_BYTES, _MOST_BLOCK_BYTES)
+    block_bytes = max(block_bytes, _PAGE_BYTES)
     try:
         with open_folder(folder, least_bytes=_LEAST_BYTES, scratch_bytes=_LEAST_BYTES) as found:
             gbps = found.reads.rate_gbps(
-                block_bytes=_BLOCK_BYTES, num_threads=_DEPTH, seconds=_DISK_SECONDS
+                block_bytes=block_bytes, num_threads=_DEPTH, seconds=_DISK_SECONDS
             )
             return Disk(
                 file_system=found.reads.file_system,
                 direct=found.reads.is_direct,
                 read_from=found.source,
-                reads=(ReadRate(block_bytes=_BLOCK_BYTES, depth=_DEPTH, gbps=round(gbps, 4)),),
+                reads=(ReadRate(block_bytes=block_bytes, depth=_DEPTH, gbps=round(gbps, 4)),),
             )
     except OSError:
         return None

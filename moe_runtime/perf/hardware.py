@@ -25,6 +25,7 @@ Share = Annotated[float, Plausible(0, 10)]
 PartialShare = Annotated[float, Plausible(0.01, 1)]
 Cores = Annotated[float, Plausible(0, 1_000_000, "cores")]
 Megahertz = Annotated[int, Plausible(1, 100_000, "MHz")]
+Nanoseconds = Annotated[float, Plausible(1, 1_000_000, "ns")]
 Watts = Annotated[float, Plausible(1, 100_000, "W")]
 
 
@@ -42,12 +43,16 @@ class Software:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cpu:
-    """The processor. `threads` computed and read memory; `isa` are the vector instructions."""
+    """The processor. `threads` computed and read memory; `isa` are the vector instructions.
+
+    `operator_nanoseconds`: of one small operator from Python, which a step's software is made of.
+    """
 
     model: str
     physical_cores: Count
     threads: Count
     isa: tuple[str, ...]
+    operator_nanoseconds: Nanoseconds | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

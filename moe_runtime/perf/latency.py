@@ -3,56 +3,31 @@
 Lanes are arithmetic (which reads weights from memory), the link to a GPU, and the disk.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moe_runtime.model_spec import FORMAT_BITS, ModelSpec
 from moe_runtime.perf.hit_curve import LRU_PRIOR, PLEC_PRIOR, HitCurve
+from moe_runtime.perf.overheads import Overheads
+from moe_runtime.perf.part_seconds import PartSeconds
 from moe_runtime.perf.rates import Rates
 
 # Packed experts take this share of their bytes, lossless; rounded ones those of bfloat16 over it.
 PACKED_SHARE = 0.751
 ROUNDED_SHRINK = {"int8": 1.95, "int4": 3.5}
 MOST_KERNEL_ROWS = 8
-# plec's own time a token, and the recall of the model's own routers a layer ahead.
-PLEC_SECONDS = 1.5e-3
+LRU, LFU, PLEC = "lru", "lfu", "plec"
+PLEC_SECONDS = 1.5e-3  # its own time a token
+# Reading ahead by the model's own routers: their recall a layer ahead; the share of what lanes
+# allow that an oracle gained on two cores, 3 to 5 % where a simulation finds 25 %, as threads that
+# compute in lockstep wait for the one beside a reader; and predicting itself, a layer and forward
+# (docs/benchmarks/prefetch_2-core-epyc_2026-11-23.md).
 LOOKAHEAD_RECALL = 0.8
+REALISED_SHARE = 0.2
+FORETELL_SECONDS = 0.2e-3
 # A quantised expert is expanded when it is used: written and read once more in 16 bits.
 _EXPANSIONS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overheads:
-    """Seconds that no rate explains: Python, norms, routing, small tensors, starting reads.
-
-    Of a layer, with torch's linear layers and with the kernel's; of each distinct expert that a
-    step misses, of each token in each layer, and of each operation on what is cached.
-    """
-
-    layer_seconds: float
-    kernel_layer_seconds: float
-    miss_seconds: float
-    row_seconds: float
-    attention_flop_seconds: float
-
-
-# Fitted by scripts/bench_model.py to runs of a small random model, none of the validated ones, on
-# two cores.
-CPU_OVERHEADS = Overheads(
-    layer_seconds=0.781e-3,
-    kernel_layer_seconds=0.677e-3,
-    miss_seconds=0.138e-3,
-    row_seconds=6.2e-6,
-    attention_flop_seconds=3.1e-10,
-)
-# Never timed: a layer's kernels, each launched in some microseconds.
-GPU_OVERHEADS = Overheads(
-    layer_seconds=0.4e-3,
-    kernel_layer_seconds=0.4e-3,
-    miss_seconds=0.0,
-    row_seconds=0.0,
-    attention_flop_seconds=0.0,
-)
 
 
 class Lane(StrEnum):
@@ -115,9 +90,10 @@ class Setup:
     num_host_slots: int
     batch: int
     context_tokens: int
-    policy: str = "lru"
+    policy: str = LRU
     reads_ahead: bool = False
     linears: bool = False
+    page_cache: bool = False  # which has all experts' files
     computes_misses: bool = False  # on the CPU, where a GPU lacks an expert
 
     @property
@@ -144,32 +120,33 @@ class Step:
 
 
 class LatencyModel:
-    """One model on one machine, with the hit rates of `curve`, or stated priors."""
+    """One model on one machine, with the hit rates of `curves` by policy, or stated priors.
+
+    Where there are curves, that of lru is among them, and stands in for a policy without one.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
         rates: Rates,
-        curve: HitCurve | None = None,
+        curves: Mapping[str, HitCurve] | None = None,
         *,
         overheads: Overheads | None = None,
     ) -> None:
-        usual = CPU_OVERHEADS if rates.link_bytes_per_second is None else GPU_OVERHEADS
-        self._overheads = usual if overheads is None else overheads
         self.spec = spec
         self.rates = rates
-        self._curve = curve
+        self._parts = PartSeconds.on(rates, overheads)
+        self._curves = curves or {LRU: LRU_PRIOR, PLEC: PLEC_PRIOR}
 
     def hit_rate(self, setup: Setup, num_slots: int) -> float:
         """Of so many slots under the policy of `setup`."""
-        if self._curve is not None:
-            return self._curve.at(num_slots, self.spec, setup.batch)
-        prior = PLEC_PRIOR if setup.policy == "plec" else LRU_PRIOR
-        return prior.at(num_slots, self.spec, setup.batch)
+        return self._curve(setup).at(num_slots, self.spec, setup.batch)
 
     def _used_experts(self, setup: Setup) -> float:
-        curve = LRU_PRIOR if self._curve is None else self._curve
-        return curve.used_experts(self.spec, setup.batch)
+        return self._curve(setup).used_experts(self.spec, setup.batch)
+
+    def _curve(self, setup: Setup) -> HitCurve:
+        return self._curves.get(setup.policy, self._curves[LRU])
 
     def step(self, setup: Setup) -> Step:
         """One new token for each of `batch` sequences.
@@ -177,7 +154,7 @@ class LatencyModel:
         For L layers of which each uses A/L experts, M/L of them missing,
 
             t = L (dense + max(A/L expert, M/L fetch + expert)) - gain
-            gain = recall L min(M/L fetch, dense)
+            gain = max(0, realised recall L min(M/L fetch, dense) - L foretell)
 
         as a layer computes what it has while the rest is read, and the last one read is computed
         after it has come. Reading ahead gains at most the sum of min(copy, compute) (arXiv
@@ -197,21 +174,25 @@ class LatencyModel:
             host_rate = 1 - min(1.0, beyond / max(1 - hit_rate, 1e-12))
         elif missed:
             host_rate = 0.0
+        parts, form = self._parts, setup.form
         dense = self._dense_seconds(setup)
         software = self._software_seconds(setup, missed)
-        expert = rates.kernel.seconds(setup.form.used_bytes, rows)
-        disk = self._disk_seconds(missed * (1 - host_rate) * setup.form.disk_bytes)
+        expert = parts.expert(form.used_bytes, rows)
+        disk = parts.reading(missed * (1 - host_rate) * form.disk_bytes, is_cached=setup.page_cache)
         link, extra = 0.0, 0.0
-        if rates.link_bytes_per_second is not None:
-            if setup.computes_misses:
-                extra = missed * rates.host_products.seconds(setup.form.used_bytes, rows)
-            else:
-                link = missed * setup.form.slot_bytes / rates.link_bytes_per_second
+        if setup.computes_misses:
+            extra = missed * parts.host_expert(form.used_bytes, rows)
+        else:
+            link = parts.copying(missed * form.slot_bytes)
         fetch = max(disk, link) + extra
         present = used * expert if not extra else (used - missed) * expert
         waits = fetch + (expert * num_layers if missed and not extra else 0.0)
         ahead = dense + software
-        gain = LOOKAHEAD_RECALL * min(fetch, ahead) if setup.reads_ahead and not extra else 0.0
+        gain = 0.0
+        if setup.reads_ahead and not extra:
+            gain = REALISED_SHARE * LOOKAHEAD_RECALL * min(fetch, ahead)
+            # A gate ends what gains nothing.
+            gain = max(0.0, gain - num_layers * FORETELL_SECONDS)
         seconds = ahead + max(present, waits) - gain
         return Step(
             seconds=seconds,
@@ -238,42 +219,37 @@ class LatencyModel:
         tokens = setup.batch * prompt_tokens
         used = spec.active_experts(tokens)
         rows = tokens * spec.experts_per_token / used
-        compute = used * rates.kernel.seconds(setup.form.used_bytes, rows)
-        compute += rates.linear.seconds(spec.step_bytes, tokens)
+        parts, form = self._parts, setup.form
+        compute = used * parts.expert(form.used_bytes, rows)
+        compute += parts.dense(spec.step_bytes, tokens, uses_kernel=False)
         flops = rates.linear.flops(spec.value_bytes)
         compute += tokens * spec.attention_flops(prompt_tokens) / 2 / flops
         absent = 0.0 if setup.num_slots >= spec.num_experts else used
-        if rates.link_bytes_per_second is None:
-            fetch = self._disk_seconds(absent * setup.form.disk_bytes)
-        else:
-            link = absent * setup.form.slot_bytes / rates.link_bytes_per_second
-            reach = setup.num_slots + setup.num_host_slots
-            from_disk = 0.0 if reach >= spec.num_experts else absent
-            fetch = max(link, self._disk_seconds(from_disk * setup.form.disk_bytes))
+        from_disk = absent
+        if rates.link_bytes_per_second is not None:
+            is_held = setup.num_slots + setup.num_host_slots >= spec.num_experts
+            from_disk = 0.0 if is_held else absent
+        fetch = max(
+            parts.copying(absent * form.slot_bytes),
+            parts.reading(from_disk * form.disk_bytes, is_cached=setup.page_cache),
+        )
         return max(fetch, compute) + self._software_seconds(
             replace(setup, batch=tokens, context_tokens=0), absent
         )
 
     def _dense_seconds(self, setup: Setup) -> float:
-        """Of dense weights, and of the attention cache, which transformers copies to append."""
-        products = self.rates.kernel if setup.uses_kernel else self.rates.linear
-        seconds = products.seconds(self.spec.step_bytes, setup.batch)
+        """Of dense weights, and of the attention cache."""
+        weights = self._parts.dense(
+            self.spec.step_bytes, setup.batch, uses_kernel=setup.uses_kernel
+        )
         cached = setup.batch * self.spec.kv_bytes(setup.context_tokens)
-        seconds += cached / self.rates.memory_bytes_per_second
-        return seconds + cached / self.rates.copy_bytes_per_second
+        return weights + self._parts.appending(cached)
 
     def _software_seconds(self, setup: Setup, missed: float) -> float:
         """Of layers, of rows in each, of experts that are missing, and of attention."""
-        costs, num_layers = self._overheads, len(self.spec.layers)
-        a_layer = costs.kernel_layer_seconds if setup.uses_kernel else costs.layer_seconds
-        seconds = num_layers * (a_layer + setup.batch * costs.row_seconds)
-        seconds += missed * costs.miss_seconds
-        attention = setup.batch * self.spec.attention_flops(setup.context_tokens)
-        seconds += attention * costs.attention_flop_seconds
-        return seconds + (setup.batch * PLEC_SECONDS if setup.policy == "plec" else 0.0)
-
-    def _disk_seconds(self, num_bytes: float) -> float:
-        rate = self.rates.disk_bytes_per_second
-        if not num_bytes:
-            return 0.0
-        return float("inf") if rate is None else num_bytes / rate
+        parts = self._parts
+        seconds = parts.layers(
+            len(self.spec.layers), setup.batch, uses_kernel=setup.uses_kernel
+        ) + parts.starting_reads(missed)
+        seconds += parts.attention(setup.batch * self.spec.attention_flops(setup.context_tokens))
+        return seconds + (setup.batch * PLEC_SECONDS if setup.policy == PLEC else 0.0)

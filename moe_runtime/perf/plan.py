@@ -7,7 +7,7 @@ from typing import Any, Literal
 from moe_runtime.model_spec import ModelSpec
 from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.hit_curve import HitCurve
-from moe_runtime.perf.latency import Step
+from moe_runtime.perf.latency import Setup, Step
 
 Goal = Literal["latency", "throughput"]
 
@@ -18,7 +18,8 @@ class PlanRequest:
 
     `memory_bytes` and `host_memory_bytes` are what may be used where experts are computed and, with
     a GPU, on the host behind it, if less than the machine has; `expert_memory_bytes` bounds the
-    experts' part. `fixed` are settings that are not to be chosen, by their names in `load()`.
+    experts' part. `curves` are hit rates by policy, lru's among them; without any, priors stand in.
+    `fixed` are settings that are not to be chosen, by their names in `load()`.
     """
 
     spec: ModelSpec
@@ -33,7 +34,7 @@ class PlanRequest:
     expert_memory_bytes: int | None = None
     allows_lossy: bool = False
     is_exact: bool = False
-    curve: HitCurve | None = None
+    curves: Mapping[str, HitCurve] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,6 +71,7 @@ class Settings:
     prefetch_layers: int
     miss: str
     linears: bool
+    page_cache: bool
     threads: int
     wave_experts: int
     kv_place: str
@@ -86,6 +88,7 @@ class Settings:
             "policy": (self.policy, "lru"),
             "predictor": (self.predictor, "off"),
             "linears": (self.linears, False),
+            "page_cache": (self.page_cache, False),
         }
         return found | {k: value for k, (value, default) in chosen.items() if value != default}
 
@@ -110,6 +113,7 @@ class Candidate:
 
     settings: Settings
     memory: MemoryUse
+    setup: Setup
     step: Step
     prefill_seconds: float
     tokens_per_second: float  # by the goal: of decoding, or of all new tokens, prefill included

@@ -6,7 +6,7 @@ from itertools import product
 
 from moe_runtime.errors import BudgetError, ConfigError
 from moe_runtime.perf.bounds import bounds
-from moe_runtime.perf.latency import ExpertForm, LatencyModel, Setup
+from moe_runtime.perf.latency import LFU, LRU, PLEC, ExpertForm, LatencyModel, Setup
 from moe_runtime.perf.plan import Candidate, MemoryUse, Plan, PlanRequest, Remedy, Settings
 from moe_runtime.perf.plan_memory import (
     limit_bytes,
@@ -37,22 +37,26 @@ def make_plan(request: PlanRequest) -> Plan:
         bottleneck=_bottleneck(request, best),
         what_would_help=_what_would_help(request, best),
         lens=bounds(request, best),
-        assumptions=_assumptions(request),
+        assumptions=_assumptions(request, best),
     )
+
+
+def decode_rate(request: PlanRequest, candidate: Candidate, context_tokens: int) -> float:
+    """Tokens a second of decoding behind so many tokens, with a candidate of a plan for another."""
+    setup = replace(candidate.setup, context_tokens=context_tokens)
+    return setup.batch / _latency_model(request).step(setup).seconds
+
+
+def _latency_model(request: PlanRequest) -> LatencyModel:
+    spec = request.spec
+    rates = Rates.of(request.hardware, value_bytes=spec.value_bytes, read_bytes=spec.expert_bytes)
+    return LatencyModel(spec, rates, request.curves)
 
 
 def _ranked(request: PlanRequest) -> list[Candidate]:
     """All candidates that fit and differ in more than nothing, the fastest first."""
     forms = _forms(request)
-    model = LatencyModel(
-        request.spec,
-        Rates.of(
-            request.hardware,
-            value_bytes=request.spec.value_bytes,
-            read_bytes=request.spec.expert_bytes,
-        ),
-        request.curve,
-    )
+    model = _latency_model(request)
     found: dict[Settings, Candidate] = {}
     refused: list[tuple[int, ExpertForm]] = []
     for batch, form in product(_batches(request), forms):
@@ -123,12 +127,20 @@ def _candidates(
     def choices(name: str, *options: object) -> Sequence[object]:
         return (fixed[name],) if name in fixed else options
 
-    policies = choices("policy", *(("lru",) if holds_all else ("lru", "plec")))
+    # What no curve tells of lfu is that it is worse than lru on the priors' own routing.
+    policies = (LRU, PLEC, LFU) if LFU in request.curves else (LRU, PLEC)
+    kept = choices("policy", *((LRU,) if holds_all else policies))
     ahead = choices("predictor", *(("off",) if holds_all or has_gpu else ("off", "auto")))
     kernels = choices("linears", *((False,) if has_gpu or request.is_exact else (False, True)))
     may_compute = has_gpu and not holds_all and not request.is_exact
+    # What the page cache keeps must fit beside all that the plan counts.
+    may_cache = not has_gpu and not holds_all
+    may_cache = may_cache and memory.free_bytes >= form.disk_bytes * spec.num_experts
+    cached = choices("page_cache", *((False, True) if may_cache else (False,)))
     misses = choices("miss", *(("copy", "cpu") if may_compute else ("auto",)))
-    for linears, policy, predictor, miss in product(kernels, policies, ahead, misses):
+    for linears, policy, predictor, page_cache, miss in product(
+        kernels, kept, ahead, cached, misses
+    ):
         setup = Setup(
             form=form,
             num_slots=slots,
@@ -138,6 +150,7 @@ def _candidates(
             policy=str(policy),
             reads_ahead=predictor != "off" and not holds_all,
             linears=bool(linears),
+            page_cache=bool(page_cache) and may_cache,
             computes_misses=miss == "cpu",
         )
         micro = micro_batch(request, batch)
@@ -165,6 +178,7 @@ def _candidates(
             prefetch_layers=1 if setup.reads_ahead else 0,
             miss=str(miss),
             linears=bool(linears),
+            page_cache=bool(page_cache),
             threads=request.hardware.cpu.physical_cores,
             wave_experts=min(slots, max(layer.num_experts for layer in spec.layers)),
             kv_place="gpu" if has_gpu else "cpu",
@@ -173,6 +187,7 @@ def _candidates(
         yield Candidate(
             settings=settings,
             memory=memory,
+            setup=setup,
             step=step,
             prefill_seconds=prefill,
             tokens_per_second=rate,
@@ -201,14 +216,17 @@ def _what_would_help(request: PlanRequest, best: Candidate) -> tuple[Remedy, ...
     return tuple(sorted(found, key=lambda remedy: -remedy.factor))
 
 
-def _assumptions(request: PlanRequest) -> tuple[str, ...]:
-    curve = request.curve
+def _assumptions(request: PlanRequest, best: Candidate) -> tuple[str, ...]:
+    curves = request.curves
+    policy = best.settings.policy if best.settings.policy in curves else LRU
     found = [
-        f"hit rates: {'prior, gpt-oss-20b' if curve is None else curve.source}",
+        f"hit rates: {curves[policy].source if curves else 'prior, gpt-oss-20b'}",
         "tokens of a batch choose experts independently and uniformly",
         "lanes overlap within a layer and do not slow each other down",
         *request.spec.assumptions,
     ]
+    if best.settings.page_cache:
+        found.append("what is free stays free: the page cache keeps all experts' files there")
     if request.hardware.source == "datasheet":
         found.append("rates are a datasheet's, with 0.8 of its bandwidth and 0.6 of its arithmetic")
     if request.hardware.gpus:

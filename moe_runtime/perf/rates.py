@@ -46,7 +46,8 @@ class Rates:
     """Bytes and operations a second. `link` is None where experts are computed on the CPU.
 
     `linear` are torch's products, `kernel` those of the experts' kernel. `copy` counts each byte
-    once. `memory` is where experts are computed, `host` the CPU's.
+    once. `memory` is where experts are computed, `host` the CPU's. `operator_seconds` is of one
+    small operator from Python, where it was measured.
     """
 
     linear: Products
@@ -57,6 +58,7 @@ class Rates:
     host_products: Products
     disk_bytes_per_second: float | None
     link_bytes_per_second: float | None
+    operator_seconds: float | None = None
 
     @classmethod
     def of(cls, hardware: Hardware, *, value_bytes: int, read_bytes: int | None = None) -> Self:
@@ -72,6 +74,8 @@ class Rates:
             hardware.matmul, read, cores * _CORE_FLOPS, value_bytes
         )
         disk = None if hardware.disk is None else _disk_gbps(hardware.disk, read_bytes) * _GIGA
+        nanoseconds = hardware.cpu.operator_nanoseconds
+        operator = None if nanoseconds is None else nanoseconds / _GIGA
         if gpu is None:
             return cls(
                 linear=host_linear,
@@ -82,6 +86,7 @@ class Rates:
                 host_products=host_kernel,
                 disk_bytes_per_second=disk,
                 link_bytes_per_second=None,
+                operator_seconds=operator,
             )
         gpu_read = _gpu_read(gpu)
         linear, kernel = _products(gpu.matmul, gpu_read, 100 * gpu_read, value_bytes)
@@ -95,6 +100,7 @@ class Rates:
             host_products=host_kernel,
             disk_bytes_per_second=disk,
             link_bytes_per_second=(memory.copy_gbps if link is None else link) * _GIGA,
+            operator_seconds=operator,
         )
 
 

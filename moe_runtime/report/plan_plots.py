@@ -48,6 +48,7 @@ def _label(candidate: Candidate) -> str:
     settings = candidate.settings
     words = [f"batch {settings.batch}", settings.policy]
     words += ["linears"] if settings.linears else []
+    words += ["page cache"] if settings.page_cache else []
     words += ["prediction"] if settings.prefetch_layers else []
     words += [settings.miss] if settings.kv_place == "gpu" else []
     words += [name for name in (settings.expert_slots, settings.expert_dtype) if name != "auto"]

@@ -11,7 +11,7 @@ import torch
 import moe_runtime
 from moe_runtime import warm_start
 from moe_runtime.measure import plan_trial, planned_load
-from moe_runtime.measure.plan_trial import run_trials
+from moe_runtime.measure.plan_trial import Candidate, run_trials
 from moe_runtime.measure.plan_verdict import recall
 from moe_runtime.perf.hardware_presets import load_hardware_preset
 from tests.command_line import run_here
@@ -24,7 +24,7 @@ DEMO = ROOT / "moe_runtime" / "demo" / "mixtral-stdlib"
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that need not be measured, and few steps."""
     machine = load_hardware_preset("2-core-epyc")
-    monkeypatch.setattr(planned_load, "this_machine", lambda folder: machine)
+    monkeypatch.setattr(planned_load, "this_machine", lambda folder, read_bytes: machine)
     monkeypatch.setattr(plan_trial, "_NUM_TOKENS", 6)
 
 
@@ -42,7 +42,8 @@ def test_the_report_shows_predicted_beside_measured() -> None:
     assert first["predicted_tokens_per_second"] is None
     assert 1 <= len(others) <= 2
     for trial in others:
-        assert trial["predicted_tokens_per_second"] > 0
+        # The trial's context is shorter than the one that was planned for.
+        assert trial["predicted_tokens_per_second"] > trial["planned_tokens_per_second"] > 0
         assert trial["measured_tokens_per_second"] == pytest.approx(1 / min(trial["step_seconds"]))
     chosen = plan["trials"][plan["chosen"]]["step_seconds"]
     assert all(own <= default for own, default in zip(chosen, first["step_seconds"], strict=True))
@@ -71,7 +72,7 @@ def test_a_plan_that_measures_slower_than_the_defaults_is_not_taken(
 ) -> None:
     seconds = iter([2.0, 2.5, 1.99, 1.99, 2.5, 2.0])  # of 0, 1, 2 and back
     monkeypatch.setattr(plan_trial, "_median_step_seconds", lambda model, tokens: next(seconds))
-    candidates: list[tuple[dict[str, Any], float | None]] = [({}, None), ({}, 9.0), ({}, 8.0)]
+    candidates = [Candidate(arguments={})] * 3
 
     def load(**arguments: Any) -> Any:
         return moe_runtime.load(DEMO, **arguments)

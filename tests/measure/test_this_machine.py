@@ -11,8 +11,11 @@ from tests.fake_nvml import FakeNvml
 
 
 def test_what_is_measured_is_a_sound_hardware_file(tmp_path: Path) -> None:
-    found = this_machine(tmp_path)
+    found = this_machine(tmp_path, read_bytes=200_000)
+    assert found.disk is not None
+    assert found.disk.reads[0].block_bytes == 48 * 4096  # whole pages of about as much
     assert found.memory.read_gbps > 0
+    assert found.cpu.operator_nanoseconds is not None
     assert found.memory.available_bytes <= found.memory.total_bytes
     found.save(tmp_path / "machine.yaml")
     assert Hardware.load(tmp_path / "machine.yaml") == found

@@ -12,13 +12,16 @@ from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.hardware_presets import load_hardware_preset
 from moe_runtime.perf.hit_curve import LRU_PRIOR, PLEC_PRIOR, HitCurve
 from moe_runtime.perf.latency import (
-    CPU_OVERHEADS,
+    LFU,
+    LRU,
     PACKED_SHARE,
+    PLEC,
     ExpertForm,
     Lane,
     LatencyModel,
     Setup,
 )
+from moe_runtime.perf.overheads import CPU_OVERHEADS, OPERATOR_SECONDS
 from moe_runtime.perf.rates import Products, Rates
 
 MACHINE = load_hardware_preset("2-core-epyc")
@@ -27,7 +30,7 @@ RATES = Rates.of(MACHINE, value_bytes=2)
 
 
 def model(curve: HitCurve | None = None) -> LatencyModel:
-    return LatencyModel(OLMOE, RATES, curve)
+    return LatencyModel(OLMOE, RATES, None if curve is None else {LRU: curve})
 
 
 def setup(**changes: object) -> Setup:
@@ -97,6 +100,27 @@ def test_rounded_experts_are_read_whole_and_marked_lossy() -> None:
 def test_quantised_checkpoints_keep_their_bytes_and_cost_an_expansion() -> None:
     (form,) = ExpertForm.all_of(read_spec("gpt-oss-20b"))
     assert form.slot_bytes == form.disk_bytes < form.used_bytes
+
+
+def test_software_takes_as_long_as_small_operators_do() -> None:
+    """Law: on a processor half as fast, overheads double and lanes stay."""
+    usual = model().step(setup())
+    rates = replace(RATES, operator_seconds=2 * OPERATOR_SECONDS)
+    slow = LatencyModel(OLMOE, rates).step(setup())
+    assert slow.lanes[Lane.SOFTWARE] == pytest.approx(2 * usual.lanes[Lane.SOFTWARE])
+    assert slow.lanes[Lane.DISK] == usual.lanes[Lane.DISK]
+    assert slow.lanes[Lane.COMPUTE] == usual.lanes[Lane.COMPUTE]
+
+
+def test_each_policy_has_the_hit_rates_of_its_own_curve() -> None:
+    """Law: a policy without a curve has lru's."""
+    low, high = (
+        HitCurve(shares=(0.5,), hit_rates=(rate,), used_share=0.125, source="")
+        for rate in (0.5, 0.8)
+    )
+    both = LatencyModel(OLMOE, RATES, {LRU: low, LFU: high})
+    rates = {policy: both.step(setup(policy=policy)).hit_rate for policy in (LRU, LFU, PLEC)}
+    assert rates[LFU] > rates[LRU] == rates[PLEC]
 
 
 def test_a_missing_disk_makes_misses_take_forever() -> None:

@@ -16,8 +16,9 @@ from moe_runtime.perf.hardware_presets import (
     load_hardware_preset,
     preset_of_gpu,
 )
+from moe_runtime.perf.hit_curve import HitCurve
 from moe_runtime.perf.plan import Plan, PlanRequest
-from moe_runtime.perf.planner import make_plan
+from moe_runtime.perf.planner import decode_rate, make_plan
 
 EPYC = load_hardware_preset("2-core-epyc")
 KEYS = {
@@ -110,6 +111,42 @@ def test_nothing_lossy_is_chosen_unless_allowed() -> None:
     assert lossy.expert_dtype in ("int8", "int4")
     exact = make_plan(request(allows_lossy=True, is_exact=True, **small)).chosen.settings
     assert (exact.expert_dtype, exact.linears) == ("auto", False)
+
+
+def test_a_plan_can_be_asked_for_another_context() -> None:
+    asked = request("qwen3-30b-a3b")
+    chosen = make_plan(asked).chosen
+    context = asked.prompt_tokens + asked.new_tokens // 2
+    assert decode_rate(asked, chosen, context) == pytest.approx(chosen.tokens_per_second)
+    assert decode_rate(asked, chosen, 40) > chosen.tokens_per_second
+
+
+def test_lfu_is_chosen_where_a_trace_says_that_it_hits_more() -> None:
+    curves = {
+        policy: HitCurve(shares=(0.5,), hit_rates=(rate,), used_share=0.125, source=f"by {policy}")
+        for policy, rate in (("lru", 0.5), ("lfu", 0.8))
+    }
+    small = {"memory_bytes": 10 * 2**30}
+    plan = make_plan(request(curves=curves, **small))
+    assert plan.chosen.settings.policy == "lfu"
+    assert "hit rates: by lfu" in plan.assumptions
+    policies = {one.settings.policy for one in make_plan(request(**small)).others}
+    assert "lfu" not in policies
+
+
+def test_files_are_cached_where_all_of_them_fit_beside_the_plan() -> None:
+    """A miss is then a copy of memory; a budget for experts alone leaves such room."""
+    spec = read_spec("olmoe-1b-7b")
+    half = {"expert_memory_bytes": spec.expert_total_bytes // 2, "fixed": {"predictor": "off"}}
+    roomy = make_plan(request(**half))
+    assert roomy.chosen.settings.page_cache
+    assert roomy.chosen.settings.load_arguments(has_gpu=False)["page_cache"]
+    assert roomy.chosen.memory.free_bytes >= spec.expert_total_bytes
+    assert any("page cache" in assumption for assumption in roomy.assumptions)
+    tight = make_plan(request(memory_bytes=10 * 2**30, fixed={"predictor": "off"}))
+    assert not any(one.settings.page_cache for one in (tight.chosen, *tight.others))
+    past = make_plan(request(**{**half, "fixed": {"predictor": "off", "page_cache": False}}))
+    assert past.chosen.tokens_per_second < roomy.chosen.tokens_per_second
 
 
 def test_what_is_fixed_stays() -> None:

@@ -67,6 +67,11 @@ def speed_up_linears(model: nn.Module) -> int:
     return changed
 
 
+def are_sped_up(model: nn.Module) -> bool:
+    """Whether the kernel computes a linear layer of `model`."""
+    return any(type(module) is FewTokensLinear for module in model.modules())
+
+
 def slow_down_linears(model: nn.Module) -> None:
     """Undo `speed_up_linears`."""
     for module in model.modules():

@@ -15,6 +15,7 @@ from moe_runtime import __version__
 from moe_runtime.errors import ProbeError
 from moe_runtime.measure.contention import Contention
 from moe_runtime.measure.direct_read import open_folder
+from moe_runtime.measure.operator_rate import operator_seconds
 from moe_runtime.measure.probe.disk_rate import DiskRates
 from moe_runtime.measure.probe.gpu_rate import (
     GpuRates,
@@ -137,6 +138,7 @@ def probe(
                 physical_cores=processor.physical_cores,
                 threads=threads,
                 isa=processor.flags,
+                operator_nanoseconds=rounded(1e9 * operator_seconds()),
             ),
             memory=Memory(
                 total_bytes=psutil.virtual_memory().total,
