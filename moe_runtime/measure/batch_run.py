@@ -123,7 +123,7 @@ class _Run:
                     )
                 memory = owner.report()["memory"]
                 free_bytes = int((1 - _RESERVE_SHARE) * available_bytes)
-                free_bytes -= memory["dense_bytes"] + memory["expert_used_bytes"]
+                free_bytes -= memory["dense_used_bytes"] + memory["expert_used_bytes"]
                 with self._forward(model, lines, free_bytes) as (runs, scheduler, size, facts):
                     self.load_seconds = time.perf_counter() - started
                     self._run(StreamedForward(runs, owner, policy), scheduler, size, lines, facts)
@@ -138,6 +138,7 @@ class _Run:
         loaded = load(
             resolved.folder,
             expert_memory=request.expert_memory,
+            dense_memory=request.dense_memory,
             policy=policy,
             expert_dtype=request.expert_dtype,
             page_cache=request.page_cache,

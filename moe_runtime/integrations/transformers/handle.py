@@ -25,6 +25,7 @@ from moe_runtime.integrations.transformers.experts import (
     argument_names,
     offloaded_class,
 )
+from moe_runtime.integrations.transformers.layer_window import LayerWindow
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.kernels.cpu.dequant_status import dequant_status
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
@@ -95,6 +96,7 @@ class Handle:
         self._spill_folder = spill_folder
         self._undo: list[Callable[[], object]] = []
         self._is_restored = False
+        self._window: LayerWindow | None = None
         self._foresight: Foresight | None = None
         self._why_no_prediction = "predictor is off"
         self._before_close: list[Callable[[], object]] = []
@@ -125,6 +127,25 @@ class Handle:
         """What reads ahead of need, if anything may."""
         return self._foresight
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights asked of the disk so far, those of dense layers included."""
+        dense = 0 if self._window is None else self._window.engine.bytes_read
+        return self.engine.bytes_read + dense
+
+    @property
+    def stall_seconds(self) -> float:
+        """Time that layers have waited for them so far; none is known of a device's."""
+        engines = [self.engine] + ([] if self._window is None else [self._window.engine])
+        return sum(e.times.stall_seconds for e in engines if isinstance(e, ExpertEngine))
+
+    @property
+    def dense_used_bytes(self) -> int:
+        """Bytes of dense weights that are in memory at a time, what is mapped not counted."""
+        if self._window is None:
+            return self._dense_bytes - self._mapped_bytes
+        return self._window.plan.dense_bytes
+
     def foresee(self, foresight: Foresight, remove: Callable[[], object]) -> None:
         """Ask `foresight` what to read ahead, from now on; `remove` takes its hooks out."""
         reader, tiers = self.ahead, self._tiers
@@ -147,6 +168,12 @@ class Handle:
     def foresee_nothing(self, why: str) -> None:
         """Nothing is read ahead; `why` stands in reports."""
         self._why_no_prediction = why
+
+    def stream(self, window: LayerWindow) -> None:
+        """Decoder layers get their weights from `window` when they run, from now on."""
+        self._window = window
+        for module, state in window.states():
+            self._swap(module, OffloadedExpert, **state)
 
     def on_detach(self, undo: Callable[[], object]) -> None:
         """Run `undo` when the model gets its own modules back."""
@@ -198,6 +225,8 @@ class Handle:
                 "expert_bytes": self.budget.expert_total_bytes // self.budget.num_experts,
                 "expert_floor_bytes": self.budget.floor_bytes,
                 "dense_bytes": self._dense_bytes,
+                "dense_used_bytes": self.dense_used_bytes,
+                "dense_window": None if self._window is None else self._window.report(),
                 "mapped_bytes": self._mapped_bytes,
             },
             "settings": {
@@ -250,6 +279,7 @@ class Handle:
             f"{host}{where} at a time in {format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
             + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
+            + ("" if self._window is None else f", {self._window.placement()}")
         )
 
     def restore(self) -> None:
@@ -270,7 +300,7 @@ class Handle:
             site.num_experts * self.engine.tensor_map.layers[layer].computed.weight_bytes
             for layer, site in enumerate(self._sites)
         )
-        needed += self._mapped_bytes
+        needed += self._dense_bytes - self.dense_used_bytes
         free = available_memory_bytes()
         if self._device.type == "cpu" and needed > free:
             raise BudgetError(
@@ -279,6 +309,8 @@ class Handle:
             )
         self._run_before_close()
         restored = [self._read_site(layer, site) for layer, site in enumerate(self._sites)]
+        if self._window is not None:
+            self._window.restore()
         self._detach()
         for site, tensors in zip(self._sites, restored, strict=True):
             _set_parameters(site, tensors)
@@ -291,6 +323,8 @@ class Handle:
         """Free slots, threads, files and what was written to disk for this model."""
         self._run_before_close()
         self.engine.close()
+        if self._window is not None:
+            self._window.close()
         self._remove_spill()
         if self.parallel is not None:
             self.parallel.close()
