@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +17,16 @@ from moe_runtime.expert_memory import format_bytes
 from moe_runtime.foresight import Foresight
 from moe_runtime.integrations.transformers.budget import Budget
 from moe_runtime.integrations.transformers.experts import (
-    REMEDY,
-    NotCopied,
     OffloadedExpert,
     OffloadedExperts,
     OffloadedModule,
     argument_names,
     offloaded_class,
+)
+from moe_runtime.integrations.transformers.guards import (
+    CheckBeforeUse,
+    GuardedApply,
+    refuse_new_weights,
 )
 from moe_runtime.integrations.transformers.layer_window import LayerWindow
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
@@ -417,12 +420,12 @@ class Handle:
         inside = next((m for m in module.modules() if isinstance(m, OffloadedModule)), None)
         if inside is None or isinstance(module, OffloadedModule):
             return
-        module.__dict__["_apply"] = _GuardedApply(module, inside)
-        hook = module.register_load_state_dict_pre_hook(_refuse_new_weights)  # type: ignore[no-untyped-call]
+        module.__dict__["_apply"] = GuardedApply(module, inside)
+        hook = module.register_load_state_dict_pre_hook(refuse_new_weights)  # type: ignore[no-untyped-call]
         self._undo += [lambda: module.__dict__.pop("_apply"), hook.remove]
 
     def _check_before_use(self, module: nn.Module, mapped: MappedTensor) -> None:
-        hook = module.register_forward_pre_hook(_CheckBeforeUse(mapped))
+        hook = module.register_forward_pre_hook(CheckBeforeUse(mapped))
         self._undo.append(hook.remove)
 
     def _detach(self) -> None:
@@ -441,33 +444,6 @@ class Handle:
                     tensors[name][expert].copy_(value)
                 access.release(expert)
         return tensors
-
-
-class _CheckBeforeUse(NotCopied):
-    """Asks a mapped tensor, before a module looks rows up in it, whether its file is as it was."""
-
-    def __init__(self, mapped: MappedTensor) -> None:
-        self._mapped = mapped
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *_: Any) -> None:
-        self._mapped.check()
-
-
-class _GuardedApply:
-    """Asks an offloaded module before a module around it moves or casts anything."""
-
-    def __init__(self, module: nn.Module, guard: OffloadedModule) -> None:
-        self._module = module
-        self._guard = guard
-
-    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._guard.check_move(fn)
-        return type(self._module)._apply(self._module, fn, recurse)  # type: ignore[no-untyped-call]
-
-
-def _refuse_new_weights(*_: Any) -> NoReturn:
-    raise OffloadedExpertsError(f"offloaded experts cannot take new weights; {REMEDY}")
 
 
 def _remove(folder: Path | None) -> None:
