@@ -14,6 +14,7 @@ from moe_runtime.kernels.cpu.attention import PagedAttention
 from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
 from moe_runtime.measure.bench.machine import git_commit
 from moe_runtime.measure.processor import this_processor
+from moe_runtime.offline.kv_pages import LayerPages, LayerShape
 
 # Query heads, key-value heads, width, dtype, and whose they are.
 SHAPES = (
@@ -62,9 +63,10 @@ def _attention(
     pages_each = LENGTH // PAGE_TOKENS
     num_sequences = STORE_BYTES // (2 * page * dtype.itemsize * pages_each)
     num_pages = num_sequences * pages_each
-    keys = torch.zeros(num_pages, num_groups, width, PAGE_TOKENS, dtype=dtype)
-    values = torch.zeros(num_pages, num_groups, PAGE_TOKENS, width, dtype=dtype)
-    query = torch.randn(num_sequences, num_heads, width)
+    shape = LayerShape(num_heads=num_groups, key_width=width, value_width=width, dtype=dtype)
+    stored = LayerPages.of(shape, num_pages)
+    keys, values = stored.key_BGdP.zero_(), stored.value_BGPv.zero_()
+    query = torch.randn(num_sequences, num_heads, width).to(dtype)
     table = torch.randperm(num_pages).view(num_sequences, pages_each)
     lengths = torch.full((num_sequences,), LENGTH)
     attention = PagedAttention.load()

@@ -3,35 +3,54 @@
     python scripts/bench_batch.py --work DIR --contestant batch --layers 2 --lines 128
 
 The model is random, with OLMoE's shapes; experts have the same memory whoever runs. Each call
-measures one contestant, loading left out:
+measures one contestant, loading left out, between two measurements of the disk:
 
 batch           run_batch(), the engine of `moe-runtime batch`
 generate        model.generate() in batches of --batch lines of like length, padded on the left
 generate_batch  transformers' continuous batching, on the model that moe_runtime offloads
-accelerate      as generate, on transformers' own offload of the experts to disk
+accelerate      as generate, on transformers' own offload of the experts to disk; as root, its
+                memory is capped at what it has after loading, those experts and --spare-gib more
 """
 
 import argparse
 import json
+import os
 import random
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
+from moe_runtime.integrations.transformers import paged_model
 from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.load import load
+from moe_runtime.integrations.transformers.sites import find_sites
+from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
 from moe_runtime.measure.batch_request import BatchRequest
 from moe_runtime.measure.batch_run import run_batch
 from moe_runtime.measure.bench.machine import git_commit
+from moe_runtime.measure.bench.memory_group import memory_groups
 from moe_runtime.measure.bench.model import make_checkpoint
+from moe_runtime.measure.direct_read import measure_direct_read
+from moe_runtime.measure.peers.accelerate_disk import experts_on
 from moe_runtime.measure.process_memory import peak_resident_bytes
 from moe_runtime.measure.processor import this_processor
+from moe_runtime.offline.pass_size import MOST_TOKENS
+from moe_runtime.perf.lens import LensMachine, LensModel, LensTask, stage_two
+
+PROBE_SECONDS = 1.5
+ATTENTION_GBPS = 20.0  # scripts/bench_attention.py; far from the limit at these lengths
 
 Lines = list[tuple[list[int], int]]  # prompt, new tokens
 
@@ -41,6 +60,21 @@ class _Silent:
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_: None
+
+
+class _Stopwatch:
+    """Counts the seconds of all calls of a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.seconds = 0.0
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._function(*args)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def main() -> None:
@@ -55,6 +89,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", default="8-32")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spare-gib", type=float, default=1.0, help="of accelerate's activations")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     folder, _ = make_checkpoint(
@@ -75,14 +110,18 @@ def main() -> None:
         )
         for _ in range(arguments.lines)
     ]
+    rates = [measure_direct_read(folder, seconds=PROBE_SECONDS).rate_gbps]
     found = CONTESTANTS[arguments.contestant](arguments, folder, lines)
-    new_tokens = sum(new for _, new in lines)
+    rates.append(measure_direct_read(folder, seconds=PROBE_SECONDS).rate_gbps)
+    if arguments.contestant == "batch":
+        found["bound"] = stage_two_bound(found, lines, min(rates), max(rates))
+    new_tokens = found.setdefault("new_tokens", sum(new for _, new in lines))
     print(
         json.dumps(
             {name: value for name, value in vars(arguments).items() if name != "work"}
             | found
             | {
-                "new_tokens": new_tokens,
+                "disk_gbps": rates,
                 "new_tokens_per_second": new_tokens / found["seconds"],
                 "peak_resident_bytes": peak_resident_bytes(),
                 "processor": this_processor().model,
@@ -104,6 +143,8 @@ def measure_batch(arguments: argparse.Namespace, folder: Path, lines: Lines) -> 
     requests.write_text(
         "".join(json.dumps({"custom_id": str(n), "body": b}) + "\n" for n, b in enumerate(bodies))
     )
+    attention = _Stopwatch(paged_model.attend)
+    paged_model.attend = attention
     run = run_batch(
         BatchRequest(
             model=str(folder),
@@ -117,17 +158,62 @@ def measure_batch(arguments: argparse.Namespace, folder: Path, lines: Lines) -> 
         _Silent(),
     )
     assert run.report is not None
-    assert run.new_tokens == sum(new for _, new in lines)
     cache = run.report["experts"]["cache"]
     return {
         "seconds": run.seconds,
+        "attention_seconds": attention.seconds,
+        "new_tokens": run.new_tokens,  # a line may write the token that ends it
         "passes": run.report["passes"],
         "n_real": run.report["n_real"],
+        "computing": run.report["computing"],
+        "slots": cache["slots"],
         "kv": run.report["kv"],
         "hits": cache["hits"],
         "misses": cache["misses"],
         "expert_total_bytes": run.report["experts"]["memory"]["expert_total_bytes"],
+        "expert_bytes": run.report["experts"]["memory"]["expert_bytes"],
     }
+
+
+def stage_two_bound(
+    found: dict[str, Any], lines: Lines, lowest_gbps: float, highest_gbps: float
+) -> dict[str, Any]:
+    """MoE-Lens' second stage for what ran, fed with this run's own rates.
+
+    The weights that stream are the experts without a slot; arithmetic runs at the rate that the
+    passes themselves were fitted to have, and the cache holds what it held.
+    """
+    missing_bytes = found["expert_total_bytes"] - found["slots"] * found["expert_bytes"]
+    kv, task = found["kv"], _mean_task(lines)
+    bounds = {}
+    for name, link_gbps in (("slow", lowest_gbps), ("fast", highest_gbps)):
+        bounds[name] = stage_two(
+            # One parameter a token, so that `flops` is two a token: rates are measured ones.
+            LensModel(
+                parameters=1.0,
+                active_parameters=1.0,
+                weight_bytes=missing_bytes,
+                kv_bytes_per_token=kv["page_bytes"] / PAGE_TOKENS,
+            ),
+            LensMachine(
+                flops=2 / found["computing"]["token_seconds"],
+                link_bytes_per_second=link_gbps * 1e9,
+                kv_budget_bytes=kv["pages"] * kv["page_bytes"],
+                kv_bytes_per_second=ATTENTION_GBPS * 1e9,
+            ),
+            task,
+            block_tokens=PAGE_TOKENS,
+            most_tokens_per_pass=MOST_TOKENS,
+        ).new_tokens_per_second
+    return bounds
+
+
+def _mean_task(lines: Lines) -> LensTask:
+    return LensTask(
+        prompt_tokens=round(sum(len(prompt) for prompt, _ in lines) / len(lines)),
+        new_tokens=round(sum(new for _, new in lines) / len(lines)),
+        num_sequences=len(lines),
+    )
 
 
 def measure_generate(arguments: argparse.Namespace, folder: Path, lines: Lines) -> dict[str, Any]:
@@ -163,13 +249,27 @@ def measure_generate_batch(
 
 def measure_accelerate(arguments: argparse.Namespace, folder: Path, lines: Lines) -> dict[str, Any]:
     """transformers' own offload: experts on disk, all else in memory."""
-    places = {"": "cpu"} | {
-        f"model.layers.{layer}.mlp.experts": "disk" for layer in range(arguments.layers)
-    }
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, device_map=places, offload_folder=arguments.work / "accelerate", dtype="auto"
+        folder,
+        device_map=experts_on(skeleton, "disk", rest="cpu"),
+        offload_folder=arguments.work / "accelerate",
+        dtype="auto",
     )
-    return {"seconds": _generate_all(model, lines, arguments.batch)}
+    expert_bytes = sum(site.num_experts * site.expert_bytes for site in find_sites(skeleton))
+    share_bytes = int(float(arguments.residency.rstrip("%")) / 100 * expert_bytes)
+    with memory_groups() as groups:
+        group = None if groups is None else groups.new("accelerate")
+        if group is not None:  # what is allocated from here on counts, page cache too
+            group.add(os.getpid())
+            assert group.limit(share_bytes + int(arguments.spare_gib * 2**30))
+        try:
+            seconds = _generate_all(model, lines, arguments.batch)
+        finally:
+            if group is not None:
+                (group.folder.parents[1] / "cgroup.procs").write_text(str(os.getpid()))
+    return {"seconds": seconds, "is_capped": group is not None}
 
 
 def _generate_all(model: Any, lines: Lines, batch: int) -> float:

@@ -117,6 +117,23 @@ def test_answers_do_not_depend_on_the_batch(capsys: Capsys, model: Path, tmp_pat
     assert all(int(name.partition("-")[2]) % 2 for name in differing)  # those that sample
 
 
+def test_dense_layers_that_do_not_fit_are_streamed(
+    capsys: Capsys, model: Path, tmp_path: Path
+) -> None:
+    """Law: the same answers from fewer bytes; the refusal names the smallest budget that works."""
+    requests = mixed_requests(tmp_path / "r.jsonl")
+    run(capsys, model, requests, tmp_path / "all.jsonl")
+    refused = run(capsys, model, requests, tmp_path / "o.jsonl", "--dense-memory", "1KiB")
+    assert refused.code == 1
+    least = refused.err.split("dense_memory=")[1].split()[0]
+    outcome = run(capsys, model, requests, tmp_path / "o.jsonl", "--dense-memory", least, "--json")
+    assert outcome.code == 0, outcome.err
+    memory = json.loads(outcome.out)["report"]["experts"]["memory"]
+    assert memory["dense_used_bytes"] <= int(least) < memory["dense_bytes"]
+    assert memory["dense_window"]["bytes_read"] > 0
+    assert texts(tmp_path / "o.jsonl") == texts(tmp_path / "all.jsonl")
+
+
 def test_a_stop_text_ends_a_line_and_is_cut_off(
     capsys: Capsys, model: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,8 @@ from moe_runtime.kernels.cpu.openmp import find_openmp
 TORCH = "torch"
 _VALUE_LANES = 16  # of values that the kernel adds up together
 _MOST_KEY_WIDTH = 1024
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_PAIRS = 2  # bfloat16 throughout, which some processors multiply in pairs
 
 
 class _Operation(ctypes.Structure):
@@ -40,7 +41,7 @@ class _Operation(ctypes.Structure):
         ("value_width", ctypes.c_int64),
         ("table_width", ctypes.c_int64),
         ("window", ctypes.c_int64),
-        ("is_bf16", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
         ("scaling", ctypes.c_double),
         ("next", ctypes.c_int64),
         ("openmp", ctypes.c_void_p),
@@ -51,7 +52,9 @@ class PagedAttention:
     """One query a sequence against all its keys, read once for all query heads that share them.
 
     Sums and softmax are in float32; bits do not depend on the number of threads, nor on the other
-    sequences. Without a library, and for what the library does not compute, torch does.
+    sequences. Where queries, keys and values are bfloat16, weights may be rounded to it before they
+    meet the values, as in transformers' own attention. Without a library, and for what the library
+    does not compute, torch does.
     """
 
     def __init__(self, library: ctypes.CDLL | None, level: int = 0) -> None:
@@ -106,7 +109,7 @@ class PagedAttention:
         is_ours = (
             self._run is not None
             and not softcap
-            and key_BGdP.dtype in _DTYPES
+            and key_BGdP.dtype in _KINDS
             and value_BGPv.shape[-1] % _VALUE_LANES == 0
             and key_BGdP.shape[2] <= _MOST_KEY_WIDTH
             and value_BGPv.shape[-1] <= _MOST_KEY_WIDTH
@@ -121,6 +124,8 @@ class PagedAttention:
         N, H, d = query_NHd.shape
         query = query_NHd.float().contiguous()
         out = torch.empty(N, H, value_BGPv.shape[-1])
+        is_paired = query_NHd.dtype == key_BGdP.dtype == torch.bfloat16
+        kind = _PAIRS if is_paired else _KINDS[key_BGdP.dtype]
         operation = _Operation(
             query.data_ptr(),
             key_BGdP.data_ptr(),
@@ -136,7 +141,7 @@ class PagedAttention:
             value_BGPv.shape[-1],
             table_Nb.shape[1],
             0 if window is None else window,
-            _DTYPES[key_BGdP.dtype],
+            kind,
             scaling,
             0,
             None if self._openmp is None else ctypes.addressof(self._openmp),

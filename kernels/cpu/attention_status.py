@@ -5,10 +5,10 @@ from pathlib import Path
 
 from moe_runtime.kernels.cpu.library import open_library
 
-_INTERFACE = 1  # the number in attention.c that changes with a signature or a struct
+_INTERFACE = 2  # the number in attention.c that changes with a signature or a struct
 
 PAGE_TOKENS = 32  # attention.c holds the scores of a page in two vectors
-LEVELS = ("c", "avx2", "avx512")  # by the number that attention.c gives them
+LEVELS = ("c", "avx2", "avx512", "avx512bf16")  # by the number that attention.c gives them
 
 
 def attention_status() -> str:

@@ -68,6 +68,15 @@ def batch(
         typer.Option(min=0, help="For lines that sample and have no seed of their own."),
     ] = 0,
     expert_memory: ExpertMemoryOption = "auto",
+    dense_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for all other weights: auto (all if they fit), 2GiB, 50%. Layers that do "
+            "not fit are read ahead in every pass.",
+            rich_help_panel=MEMORY_PANEL,
+        ),
+    ] = "auto",
     kv_memory: Annotated[
         str,
         typer.Option(
@@ -115,6 +124,7 @@ def batch(
         temperature=temperature,
         seed=seed,
         expert_memory=expert_memory,
+        dense_memory=dense_memory,
         kv_memory=kv_memory,
         max_sequences=max_sequences,
         expert_dtype=expert_dtype,

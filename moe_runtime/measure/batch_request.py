@@ -18,6 +18,7 @@ class BatchRequest:
     temperature: float
     seed: int
     expert_memory: str = "auto"
+    dense_memory: str = "auto"
     kv_memory: str = "auto"
     max_sequences: int = 512
     expert_dtype: str = "auto"

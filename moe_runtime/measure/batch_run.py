@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moe_runtime.cache.scan import ScanPolicy
-from moe_runtime.errors import BatchError, BudgetError, UnsupportedModelError
-from moe_runtime.expert_memory import ExpertMemory, format_bytes
+from moe_runtime.errors import BatchError, UnsupportedModelError
+from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.next_token import end_ids, unused_settings
@@ -20,13 +20,15 @@ from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
 from moe_runtime.integrations.transformers.streamed_forward import StreamedForward
 from moe_runtime.measure.batch_lines import BatchLine, BatchLines, encode_line
+from moe_runtime.measure.batch_pages import check_kv_memory, plan_pages
+from moe_runtime.measure.batch_progress import BatchProgress
 from moe_runtime.measure.batch_request import BatchRequest, BatchRun, Listener
 from moe_runtime.measure.prompt import load_tokenizer
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.offline.cohort_scheduler import CohortScheduler
 from moe_runtime.offline.engine import Forward, OfflineEngine
 from moe_runtime.offline.kv_pages import page_bytes
-from moe_runtime.offline.page_table import PageTable, pages_for
+from moe_runtime.offline.page_table import PageTable
 from moe_runtime.offline.pass_scheduler import PassScheduler, Scheduler
 from moe_runtime.offline.pass_size import PassSize
 from moe_runtime.offline.request import BadLine, Request, read_requests
@@ -43,7 +45,7 @@ def run_batch(request: BatchRequest, listener: Listener) -> BatchRun:
     """Run what earlier runs have not finished; each result is written when it is there."""
     if request.results.exists() and request.results.samefile(request.requests):
         raise BatchError(f"results file {request.results} is the requests file; name another")
-    _check_kv_memory(request.kv_memory)
+    check_kv_memory(request.kv_memory)
     requests, bad_lines = read_requests(
         request.requests, max_tokens=request.max_tokens, temperature=request.temperature
     )
@@ -123,7 +125,7 @@ class _Run:
                     )
                 memory = owner.report()["memory"]
                 free_bytes = int((1 - _RESERVE_SHARE) * available_bytes)
-                free_bytes -= memory["dense_bytes"] + memory["expert_used_bytes"]
+                free_bytes -= memory["dense_used_bytes"] + memory["expert_used_bytes"]
                 with self._forward(model, lines, free_bytes) as (runs, scheduler, size, facts):
                     self.load_seconds = time.perf_counter() - started
                     self._run(StreamedForward(runs, owner, policy), scheduler, size, lines, facts)
@@ -138,6 +140,7 @@ class _Run:
         loaded = load(
             resolved.folder,
             expert_memory=request.expert_memory,
+            dense_memory=request.dense_memory,
             policy=policy,
             expert_dtype=request.expert_dtype,
             page_cache=request.page_cache,
@@ -203,36 +206,20 @@ class _Run:
             yield paged, scheduler, size, facts
             facts["most_used_bytes"] = pages.most_used_bytes
 
-    def _num_pages(self, lines: BatchLines, one_page_bytes: int, free_bytes: int) -> int:
+    def _num_pages(self, lines: BatchLines, page_bytes: int, free_bytes: int) -> int:
         """Pages for all lines, or what the memory has; lines that do not fit by themselves fail."""
-        wanted = sorted(
-            (pages_for(line.sequence.most_tokens) for line in lines.lines.values()), reverse=True
+        plan = plan_pages(
+            [line.sequence for line in lines.lines.values()],
+            kv_memory=self._request.kv_memory,
+            max_sequences=self._request.max_sequences,
+            page_bytes=page_bytes,
+            free_bytes=free_bytes,
         )
-        all_pages = sum(wanted[: self._request.max_sequences])
-        if self._request.kv_memory == "auto":
-            budget_bytes = free_bytes
-            remedy = "lower --expert-memory"
-        else:
-            budget_bytes = ExpertMemory.parse(self._request.kv_memory).num_bytes or 0
-            remedy = f"set --kv-memory {wanted[0] * one_page_bytes} or more"
-        num_pages = min(all_pages, budget_bytes // one_page_bytes)
-        if num_pages < wanted[-1]:
-            raise BudgetError(
-                f"{format_bytes(max(0, budget_bytes))} for keys and values are less than the "
-                f"{format_bytes(wanted[-1] * one_page_bytes)} of the shortest line; {remedy}"
-            )
-        if num_pages * one_page_bytes > free_bytes:
-            raise BudgetError(
-                f"{format_bytes(num_pages * one_page_bytes)} for keys and values do not fit in the "
-                f"{format_bytes(max(0, free_bytes))} that weights leave free; set --kv-memory "
-                f"{max(0, free_bytes)} or less, or lower --expert-memory"
-            )
         for number, line in list(lines.lines.items()):
-            pages = pages_for(line.sequence.most_tokens)
-            if pages > num_pages:
+            if not plan.can_hold(line.sequence):
                 del lines.lines[number]
-                self._failed.add(_too_large(line, pages, num_pages, one_page_bytes, remedy))
-        return num_pages
+                self._failed.add(plan.refusal(line.request, line.sequence))
+        return plan.num_pages
 
     def _run(
         self,
@@ -246,17 +233,18 @@ class _Run:
             forward, scheduler, size, choose=lines.choose, is_finished=lines.is_finished
         )
         started = time.perf_counter()
-        work = _Work(lines)
+        progress = BatchProgress(lines)
         for sequence in engine.run():
             self._write(lines, lines.lines[sequence.number])
             self.seconds = time.perf_counter() - started
-            work.finish(lines.lines[sequence.number])
+            progress.finish(lines.lines[sequence.number])
             self._listener.on_lines(
-                self.num_finished, len(lines.lines), work.eta_seconds(self.seconds)
+                self.num_finished, len(lines.lines), progress.eta_seconds(self.seconds)
             )
         self.report = {
             "passes": asdict(engine.report),
             "n_real": size.n_real,
+            "computing": _computing(size),
             "kv": facts,
             "experts": forward.owner.report(),
         }
@@ -278,52 +266,13 @@ class _Run:
         self.new_tokens += len(sequence.written)
 
 
-class _Work:
-    """How much is left, if every line writes all that it may."""
-
-    def __init__(self, lines: BatchLines) -> None:
-        self._lines = lines
-        self._finished_tokens = 0
-        self._left_tokens = sum(line.sequence.max_new_tokens for line in lines.lines.values())
-
-    def finish(self, line: BatchLine) -> None:
-        self._left_tokens -= line.sequence.max_new_tokens
-        self._finished_tokens += len(line.sequence.written)
-
-    def eta_seconds(self, seconds: float) -> float:
-        running = sum(
-            len(line.sequence.written)
-            for line in self._lines.lines.values()
-            if not line.finish_reason
-        )
-        return seconds * (self._left_tokens - running) / (self._finished_tokens + running)
+def _computing(size: PassSize) -> dict[str, float] | None:
+    """What a pass takes without its reads: so much, and so much a token."""
+    fitted = size.fit()
+    return None if fitted is None else {"pass_seconds": fitted[0], "token_seconds": fitted[1]}
 
 
 def _in_order(lines: BatchLines) -> list[Sequence]:
     """The longest answers first: they would else run alone at the end."""
     sequences = [line.sequence for line in lines.lines.values()]
     return sorted(sequences, key=lambda one: -one.max_new_tokens)
-
-
-def _too_large(
-    line: BatchLine, pages: int, num_pages: int, one_page_bytes: int, remedy: str
-) -> BadLine:
-    return BadLine(
-        line=line.request.line,
-        custom_id=line.request.custom_id,
-        code="kv_memory_exceeded",
-        message=f"{line.sequence.most_tokens} tokens need {format_bytes(pages * one_page_bytes)} "
-        f"of keys and values, and there are {format_bytes(num_pages * one_page_bytes)}; {remedy}, "
-        "or allow fewer tokens",
-    )
-
-
-def _check_kv_memory(text: str) -> None:
-    if text == "auto":
-        return
-    try:
-        is_size = ExpertMemory.parse(text).num_bytes is not None
-    except BudgetError:
-        is_size = False
-    if not is_size:
-        raise BudgetError(f"--kv-memory {text!r} is not a size; write auto, 4GiB or 512MiB")

@@ -4,12 +4,14 @@ N decoding sequences, T tokens of a pass, H query heads, G key-value heads, d th
 width of values, P tokens a page, B pages of the store.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from moe_runtime.kernels.cpu.attention import PagedAttention
 from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
+from moe_runtime.memory.anonymous_memory import anonymous_memory
 from moe_runtime.offline.page_table import PageTable
 
 
@@ -91,15 +93,23 @@ class LayerPages:
 
     @classmethod
     def of(cls, shape: LayerShape, num_pages: int) -> "LayerPages":
-        """Nothing is touched: memory is taken as pages are written."""
+        """Nothing is touched: memory is taken as pages are written.
+
+        Pages of a sequence are anywhere, and finding small ones takes as long as reading them.
+        """
         key = (num_pages, shape.num_heads, shape.key_width, PAGE_TOKENS)
         value = (num_pages, shape.num_heads, PAGE_TOKENS, shape.value_width)
-        return cls(torch.empty(key, dtype=shape.dtype), torch.empty(value, dtype=shape.dtype))
+        return cls(*(_in_huge_pages(sizes, shape.dtype) for sizes in (key, value)))
 
     def write(self, key_TGd: torch.Tensor, value_TGv: torch.Tensor, layout: PassLayout) -> None:
         """Store what a pass computed."""
         self.key_BGdP[layout.page_T, :, :, layout.offset_T] = key_TGd
         self.value_BGPv[layout.page_T, :, layout.offset_T] = value_TGv
+
+
+def _in_huge_pages(sizes: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    memory = anonymous_memory(math.prod(sizes) * dtype.itemsize)
+    return torch.from_numpy(memory).view(dtype).view(sizes)
 
 
 class KVPages:

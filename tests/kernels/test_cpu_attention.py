@@ -24,6 +24,8 @@ from tests.kernels.test_cpu_gemv import compile_library
 SOURCE = Path(face.__file__).with_name("attention.c")
 # Of outputs of size 1: sums of a few hundred float32 products, and exp within 2 ulp.
 TOLERANCE = 3e-6
+# To bfloat16: eight bits, so that a number is off by 2^-8 of itself at most, and a little for sums.
+ROUNDING = 1.01 * 2**-8
 NUM_PAGES = 24
 
 
@@ -63,12 +65,14 @@ class Case:
         has_sink: bool = False,
         softcap: float | None = None,
         dtype: torch.dtype = torch.float32,
+        query_dtype: torch.dtype = torch.float32,
         scale: float = 1.0,
         seed: int = 0,
     ) -> None:
         draw = torch.Generator().manual_seed(seed)
         num_sequences = len(lengths)
-        self.query = scale * torch.randn(num_sequences, num_heads, key_width, generator=draw)
+        query = scale * torch.randn(num_sequences, num_heads, key_width, generator=draw)
+        self.query = query.to(query_dtype)
         self.keys = torch.randn(NUM_PAGES, num_groups, key_width, PAGE_TOKENS, generator=draw).to(
             dtype
         )
@@ -103,8 +107,9 @@ class Case:
                     self.values[page, :, offset] = torch.nan
                     self.keys[page, :, :, offset] = torch.nan
 
-    def expected(self) -> torch.Tensor:
-        """One number after the other, in float64."""
+    def expected(self, values: torch.Tensor | None = None) -> torch.Tensor:
+        """One number after the other, in float64; of other `values`, if these are given."""
+        values = self.values if values is None else values
         num_sequences, num_heads, _ = self.query.shape
         share = num_heads // self.keys.shape[1]
         out = torch.zeros(num_sequences, num_heads, self.values.shape[-1], dtype=torch.float64)
@@ -126,13 +131,17 @@ class Case:
                     weight = math.exp(score - top)
                     total += weight
                     page, offset = int(self.table[n, t // PAGE_TOKENS]), t % PAGE_TOKENS
-                    out[n, h] += weight * self.values[page, h // share, offset].double()
+                    out[n, h] += weight * values[page, h // share, offset].double()
                 out[n, h] /= total
         return out
 
     def check(self, attention: PagedAttention) -> None:
-        difference = (self.run(attention).double() - self.expected()).abs().max()
-        assert difference < TOLERANCE, float(difference)
+        expected = self.expected()
+        difference = (self.run(attention).double() - expected).abs()
+        rounding = torch.zeros(())
+        if self.query.dtype == torch.bfloat16:  # so are outputs, and weights where keys are too
+            rounding = ROUNDING * (expected.abs() + self.expected(self.values.abs()))
+        assert (difference <= TOLERANCE + rounding).all(), float(difference.max())
 
 
 @given(
@@ -143,6 +152,7 @@ class Case:
     window=st.none() | st.integers(1, 120),
     has_sink=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    query_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
     level=st.sampled_from(available_levels()),
 )
@@ -154,6 +164,7 @@ def test_every_level_agrees_with_the_honest_loop(
     window: int | None,
     has_sink: bool,
     dtype: torch.dtype,
+    query_dtype: torch.dtype,
     seed: int,
     level: str,
 ) -> None:
@@ -167,6 +178,7 @@ def test_every_level_agrees_with_the_honest_loop(
         window=window,
         has_sink=has_sink,
         dtype=dtype,
+        query_dtype=query_dtype,
         seed=seed,
     ).check(PagedAttention.load(level))
 
@@ -188,16 +200,17 @@ def test_large_and_small_scores_neither_overflow_nor_vanish(
 
 
 def test_tokens_beyond_a_sequence_have_no_weight(attention: PagedAttention) -> None:
-    case = Case([33, 64, 1], has_sink=True)
-    expected = case.run(attention)
-    case.poison()
-    assert torch.equal(case.run(attention), expected)
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case([33, 64, 1], has_sink=True, dtype=dtype, query_dtype=dtype)
+        expected = case.run(attention)
+        case.poison()
+        assert torch.equal(case.run(attention), expected)
 
 
 def test_bits_depend_neither_on_threads_nor_on_neighbours(
     attention: PagedAttention, threads: int
 ) -> None:
-    case = Case([100, 7, 64], num_heads=8, dtype=torch.bfloat16)
+    case = Case([100, 7, 64], num_heads=8, dtype=torch.bfloat16, query_dtype=torch.bfloat16)
     together = case.run(attention)
     for n in range(3):
         alone = attention.run(

@@ -188,8 +188,7 @@ def plan_budget(
     total_bytes = num_experts * tensor_map.slot_bytes
     if isinstance(kinds[0].blobs, ScaledMap):  # '100%' means all of them
         total_bytes += kinds[0].room_bytes
-    free = available_bytes - dense_bytes
-    free -= max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
+    free = available_bytes - dense_bytes - _reserve_bytes(available_bytes)
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)
     floor = min(floor_slots(sites), num_experts)
     floor_bytes = min(kind.bytes_of(floor) for kind in kinds)
@@ -227,6 +226,24 @@ def plan_budget(
             stacklevel=3,
         )
     return Budget(num_slots, kind, budget_bytes, floor_bytes, total_bytes, num_experts)
+
+
+def dense_room_bytes(
+    expert_memory: ExpertMemory,
+    tensor_map: TensorMap,
+    sites: Sequence[ExpertSite],
+    available_bytes: int,
+) -> int:
+    """What memory has for dense weights beside the experts asked for, or those of one token."""
+    wanted_bytes = expert_memory.resolve(
+        expert_total_bytes=tensor_map.num_experts * tensor_map.slot_bytes, available_bytes=0
+    )
+    experts_bytes = max(wanted_bytes, floor_slots(sites) * tensor_map.slot_bytes)
+    return available_bytes - _reserve_bytes(available_bytes) - experts_bytes
+
+
+def _reserve_bytes(available_bytes: int) -> int:
+    return max(_RESERVE_BYTES, int(_RESERVE_SHARE * available_bytes))
 
 
 def _refuse_unknown_devices(max_memory: Mapping[int | str, int | str]) -> None:

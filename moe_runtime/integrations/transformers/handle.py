@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +17,18 @@ from moe_runtime.expert_memory import format_bytes
 from moe_runtime.foresight import Foresight
 from moe_runtime.integrations.transformers.budget import Budget
 from moe_runtime.integrations.transformers.experts import (
-    REMEDY,
-    NotCopied,
     OffloadedExpert,
     OffloadedExperts,
     OffloadedModule,
     argument_names,
     offloaded_class,
 )
+from moe_runtime.integrations.transformers.guards import (
+    CheckBeforeUse,
+    GuardedApply,
+    refuse_new_weights,
+)
+from moe_runtime.integrations.transformers.layer_window import LayerWindow
 from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
 from moe_runtime.kernels.cpu.dequant_status import dequant_status
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
@@ -95,6 +99,7 @@ class Handle:
         self._spill_folder = spill_folder
         self._undo: list[Callable[[], object]] = []
         self._is_restored = False
+        self._window: LayerWindow | None = None
         self._foresight: Foresight | None = None
         self._why_no_prediction = "predictor is off"
         self._before_close: list[Callable[[], object]] = []
@@ -125,6 +130,25 @@ class Handle:
         """What reads ahead of need, if anything may."""
         return self._foresight
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights asked of the disk so far, those of dense layers included."""
+        dense = 0 if self._window is None else self._window.engine.bytes_read
+        return self.engine.bytes_read + dense
+
+    @property
+    def stall_seconds(self) -> float:
+        """Time that layers have waited for them so far; none is known of a device's."""
+        engines = [self.engine] + ([] if self._window is None else [self._window.engine])
+        return sum(e.times.stall_seconds for e in engines if isinstance(e, ExpertEngine))
+
+    @property
+    def dense_used_bytes(self) -> int:
+        """Bytes of dense weights that are in memory at a time, what is mapped not counted."""
+        if self._window is None:
+            return self._dense_bytes - self._mapped_bytes
+        return self._window.plan.dense_bytes
+
     def foresee(self, foresight: Foresight, remove: Callable[[], object]) -> None:
         """Ask `foresight` what to read ahead, from now on; `remove` takes its hooks out."""
         reader, tiers = self.ahead, self._tiers
@@ -147,6 +171,12 @@ class Handle:
     def foresee_nothing(self, why: str) -> None:
         """Nothing is read ahead; `why` stands in reports."""
         self._why_no_prediction = why
+
+    def stream(self, window: LayerWindow) -> None:
+        """Decoder layers get their weights from `window` when they run, from now on."""
+        self._window = window
+        for module, state in window.states():
+            self._swap(module, OffloadedExpert, **state)
 
     def on_detach(self, undo: Callable[[], object]) -> None:
         """Run `undo` when the model gets its own modules back."""
@@ -198,6 +228,8 @@ class Handle:
                 "expert_bytes": self.budget.expert_total_bytes // self.budget.num_experts,
                 "expert_floor_bytes": self.budget.floor_bytes,
                 "dense_bytes": self._dense_bytes,
+                "dense_used_bytes": self.dense_used_bytes,
+                "dense_window": None if self._window is None else self._window.report(),
                 "mapped_bytes": self._mapped_bytes,
             },
             "settings": {
@@ -250,6 +282,7 @@ class Handle:
             f"{host}{where} at a time in {format_bytes(budget.used_bytes)} {kept}on {self._device} "
             f"({self.settings.policy}, {reads}); dense weights {format_bytes(self._dense_bytes)}"
             + (f", {format_bytes(self._mapped_bytes)} mapped" if self._mapped_bytes else "")
+            + ("" if self._window is None else f", {self._window.placement()}")
         )
 
     def restore(self) -> None:
@@ -270,7 +303,7 @@ class Handle:
             site.num_experts * self.engine.tensor_map.layers[layer].computed.weight_bytes
             for layer, site in enumerate(self._sites)
         )
-        needed += self._mapped_bytes
+        needed += self._dense_bytes - self.dense_used_bytes
         free = available_memory_bytes()
         if self._device.type == "cpu" and needed > free:
             raise BudgetError(
@@ -279,6 +312,8 @@ class Handle:
             )
         self._run_before_close()
         restored = [self._read_site(layer, site) for layer, site in enumerate(self._sites)]
+        if self._window is not None:
+            self._window.restore()
         self._detach()
         for site, tensors in zip(self._sites, restored, strict=True):
             _set_parameters(site, tensors)
@@ -291,6 +326,8 @@ class Handle:
         """Free slots, threads, files and what was written to disk for this model."""
         self._run_before_close()
         self.engine.close()
+        if self._window is not None:
+            self._window.close()
         self._remove_spill()
         if self.parallel is not None:
             self.parallel.close()
@@ -383,12 +420,12 @@ class Handle:
         inside = next((m for m in module.modules() if isinstance(m, OffloadedModule)), None)
         if inside is None or isinstance(module, OffloadedModule):
             return
-        module.__dict__["_apply"] = _GuardedApply(module, inside)
-        hook = module.register_load_state_dict_pre_hook(_refuse_new_weights)  # type: ignore[no-untyped-call]
+        module.__dict__["_apply"] = GuardedApply(module, inside)
+        hook = module.register_load_state_dict_pre_hook(refuse_new_weights)  # type: ignore[no-untyped-call]
         self._undo += [lambda: module.__dict__.pop("_apply"), hook.remove]
 
     def _check_before_use(self, module: nn.Module, mapped: MappedTensor) -> None:
-        hook = module.register_forward_pre_hook(_CheckBeforeUse(mapped))
+        hook = module.register_forward_pre_hook(CheckBeforeUse(mapped))
         self._undo.append(hook.remove)
 
     def _detach(self) -> None:
@@ -407,33 +444,6 @@ class Handle:
                     tensors[name][expert].copy_(value)
                 access.release(expert)
         return tensors
-
-
-class _CheckBeforeUse(NotCopied):
-    """Asks a mapped tensor, before a module looks rows up in it, whether its file is as it was."""
-
-    def __init__(self, mapped: MappedTensor) -> None:
-        self._mapped = mapped
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, *_: Any) -> None:
-        self._mapped.check()
-
-
-class _GuardedApply:
-    """Asks an offloaded module before a module around it moves or casts anything."""
-
-    def __init__(self, module: nn.Module, guard: OffloadedModule) -> None:
-        self._module = module
-        self._guard = guard
-
-    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._guard.check_move(fn)
-        return type(self._module)._apply(self._module, fn, recurse)  # type: ignore[no-untyped-call]
-
-
-def _refuse_new_weights(*_: Any) -> NoReturn:
-    raise OffloadedExpertsError(f"offloaded experts cannot take new weights; {REMEDY}")
 
 
 def _remove(folder: Path | None) -> None:

@@ -17,6 +17,7 @@ from moe_runtime.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
 from moe_runtime.integrations.transformers.budget import (
     Budget,
+    dense_room_bytes,
     device_available_bytes,
     plan_budget,
 )
@@ -30,12 +31,14 @@ from moe_runtime.integrations.transformers.foresee import (
     start_warm,
 )
 from moe_runtime.integrations.transformers.install import check_policy, install
+from moe_runtime.integrations.transformers.layer_window import LayerWindow, WindowPlan
 from moe_runtime.integrations.transformers.linears import speed_up_linears
 from moe_runtime.integrations.transformers.ranks import Ranks, check_maths
 from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_model
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.stepping import step_layers
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
+from moe_runtime.integrations.transformers.window_plan import parse_dense_memory, plan_window
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
 from moe_runtime.memory.mapped_tensor import MappedTensor
@@ -56,6 +59,7 @@ def load(
     model: str | Path,
     *,
     expert_memory: str | int | float = "auto",
+    dense_memory: str | int | float = "auto",
     host_memory: str | int | float = "auto",
     miss: str = "auto",
     policy: str | EvictionPolicy = "lru",
@@ -101,6 +105,9 @@ def load(
     on CPU, on several ranks too (with alltoall, or speculative and attention data). Otherwise a
     kernel computes experts where there is one, with fewer roundings; `linears`
     gives it the model's linear layers too, while there are few tokens.
+    `dense_memory`, written like `expert_memory`, bounds the memory of all other weights on the CPU:
+    'auto' is all if they fit beside the experts, else what fits. Layers that do not fit are read
+    from disk in every forward, each while the one before it computes.
     `predictor` says what a token will need, so that the disk reads it while layers compute, and on
     a GPU the link brings it: 'auto' (the model's own routers, a layer or two ahead, where they are
     found), 'gate_lookahead' (the same, or an error), a file of `moe-runtime predictor train`, or
@@ -149,6 +156,7 @@ def load(
         )
     memory = ExpertMemory.parse(expert_memory)
     may_shrink = memory == ExpertMemory()
+    dense = parse_dense_memory(dense_memory)
     tiers = TierSettings.parse(host_memory, miss, may_shrink=may_shrink, exact=exact)
     device = single_device(device_map)
     if any(option is not None for option in (mesh, placement, dispatch, attention, tables)):
@@ -177,8 +185,22 @@ def load(
         exact=exact,
         predictor=predictor,
     )
+    may_stream = device.type == "cpu" and ranks is None and predictor == "off"
+    if dense != ExpertMemory() and not may_stream:
+        raise ValueError(
+            f"dense_memory={dense_memory!r} is for one process on the CPU without a predictor; "
+            "leave it out, or the others"
+        )
     plan = _Plan(
-        checkpoint, memory, max_memory, device, expert_slots, expert_dtype, ranks, exact=exact
+        checkpoint,
+        memory,
+        dense if may_stream else None,
+        max_memory,
+        device,
+        expert_slots,
+        expert_dtype,
+        ranks,
+        exact=exact,
     )
     model_class = causal_class(resolved.config, resolved.folder, trust_remote_code)
     wants_info = from_pretrained_kwargs.pop("output_loading_info", False)
@@ -226,6 +248,8 @@ def load(
         parallel=made.parallel,
     )
     try:
+        if plan.window is not None:
+            handle.stream(LayerWindow(plan.window, direct=not page_cache))
         if linears:
             speed_up_linears(result)
         # What another run had in its cache may be another rank's.
@@ -274,6 +298,7 @@ class _Plan:
         self,
         checkpoint: Checkpoint,
         memory: ExpertMemory,
+        dense_memory: ExpertMemory | None,  # None: all dense weights are in memory
         max_memory: Mapping[int | str, int | str] | None,
         device: torch.device,
         expert_slots: str,
@@ -287,11 +312,13 @@ class _Plan:
         self._ranks = ranks
         self._exact = exact
         self.made: _Made | None = None
+        self.window: WindowPlan | None = None
         self.mapped: dict[str, MappedTensor] = {}  # by name, as they are read
         self._shapes: dict[str, list[int]] = {}
         self._scaled_dtypes: Mapping[str, torch.dtype] = {}
         self._checkpoint = checkpoint
         self._memory = memory
+        self._dense_memory = dense_memory
         self._max_memory = max_memory
         self._device = device
 
@@ -316,12 +343,27 @@ class _Plan:
         if not accelerated:
             # The kernel's bits know no addresses.
             tensor_map = tensor_map.beside_blocks(only_scaled=not compact)
+        available_bytes = device_available_bytes(self._device) // num_neighbours
+        dense_bytes = found.dense_bytes - (0 if accelerated else found.lookup_bytes)
+        dense_names = found.dense_names
+        if self._dense_memory is not None:
+            self.window = plan_window(
+                self._dense_memory,
+                found,
+                load_config,
+                self._checkpoint,
+                dense_bytes=dense_bytes,
+                free_bytes=dense_room_bytes(self._memory, tensor_map, found.sites, available_bytes),
+                exact=self._exact,
+            )
+        if self.window is not None:
+            dense_bytes, dense_names = self.window.dense_bytes, self.window.dense_names
         budget = plan_budget(
             self._memory,
             tensor_map,
             found.sites,
-            dense_bytes=found.dense_bytes - (0 if accelerated else found.lookup_bytes),
-            available_bytes=device_available_bytes(self._device) // num_neighbours,
+            dense_bytes=dense_bytes,
+            available_bytes=available_bytes,
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
             expert_slots=self._expert_slots,
@@ -331,13 +373,15 @@ class _Plan:
         )
         for site in found.sites:
             _empty(site)
+        if self.window is not None:
+            self.window.take_weights()
         self._scaled_dtypes = found.scaled_dtypes
         self._shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
         self.made = _Made(found.sites, maths, tensor_map, budget, found.dense_bytes, parallel)
         lookups = () if accelerated else found.lookup_names
         return {
             name: _LazyTensor(partial(self._map if name in lookups else self._read, name))
-            for name in found.dense_names
+            for name in dense_names
         }
 
     def _read(self, name: str) -> torch.Tensor:

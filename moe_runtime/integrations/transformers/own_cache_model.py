@@ -27,12 +27,11 @@ class OwnCacheModel:
 
     @property
     def read_bytes(self) -> int:
-        return self._handle.engine.bytes_read
+        return self._handle.bytes_read
 
     @property
     def stall_seconds(self) -> float:
-        times = getattr(self._handle.engine, "times", None)
-        return 0.0 if times is None else float(times.stall_seconds)
+        return self._handle.stall_seconds
 
     @torch.no_grad()
     def page_bytes(self) -> int:

@@ -65,12 +65,11 @@ class PagedModel:
 
     @property
     def read_bytes(self) -> int:
-        return self._handle.engine.bytes_read
+        return self._handle.bytes_read
 
     @property
     def stall_seconds(self) -> float:
-        times = getattr(self._handle.engine, "times", None)
-        return 0.0 if times is None else float(times.stall_seconds)
+        return self._handle.stall_seconds
 
     def open_pages(self, num_pages: int) -> KVPages:
         """A store of so many pages for the passes to come."""

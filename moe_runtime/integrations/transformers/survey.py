@@ -54,10 +54,10 @@ def survey(model: PreTrainedModel, load_config: Any, checkpoint: Checkpoint) -> 
         )
     names = [n for s in sites for p in s.parameters for n in s.tensor_names(p.name)]
     places, dense_names = assemble(model, load_config.weight_mapping or [], checkpoint, names)
-    dtypes = _load_dtypes(model, names, load_config.dtype_plan or {})
+    dtypes = load_dtypes(model, names, load_config.dtype_plan or {})
     parameters = dict(model.named_parameters())
     scaled = [n for n in dense_names if isinstance(checkpoint[n], ScaledTensor) and n in parameters]
-    scaled_dtypes = _load_dtypes(model, scaled, load_config.dtype_plan or {})
+    scaled_dtypes = load_dtypes(model, scaled, load_config.dtype_plan or {})
     phases = {name: loaded_phase(places[name], dtypes[name]) for name in names}
     tensor_map = build_tensor_map(sites, places, dtypes, phases)
     lookups = _lookups(model, dense_names, checkpoint)
@@ -183,7 +183,7 @@ def _lookups(
     return found
 
 
-def _load_dtypes(
+def load_dtypes(
     model: nn.Module, names: list[str], dtype_plan: Mapping[str, torch.dtype]
 ) -> dict[str, torch.dtype]:
     """The dtype that `from_pretrained` would give each parameter."""
