@@ -10,11 +10,13 @@ from moe_runtime.kernels.launch import (
     FLOATS,
     UnsupportedKernelError,
     check_device,
+    check_dtype,
+    check_shape,
     on_device_of,
 )
-from moe_runtime.kernels.scaled_blocks import FP8_BLOCK
-from moe_runtime.kernels.slot_weights import SlotWeights, check_weights, group_of
-from moe_runtime.kernels.weight_tile import column_scale, load_tile, row_scale
+from moe_runtime.kernels.scaled_blocks import FP8_BLOCK, ScaledWeights
+from moe_runtime.kernels.slot_weights import SlotWeights, check_weights, group_of, strides_of
+from moe_runtime.kernels.weight_tile import column_scale, load_tile, row_scale, weight_rows
 
 # S slots, N outputs (weight rows), K inputs (weight columns)
 
@@ -26,49 +28,71 @@ def dequantize(weights: SlotWeights, dtype: torch.dtype) -> torch.Tensor:
 
     Example, mxfp4: scale byte 128 (2^1), codes 2 and 11 (1.0 and -1.5) are 2.0 and -3.0.
     """
-    dense_SNK: torch.Tensor = _dequantize(
-        weights.values, weights.scales, weights.format, weights.group, dtype
-    )
+    shape = check_weights(weights.values, weights.scales, None, weights.format, weights.group)
+    dense_SNK = weights.values.new_empty(shape, dtype=dtype)
+    dequantize_into(weights, dense_SNK)
     return dense_SNK
 
 
-@torch.library.custom_op("moe_runtime::dequantize", mutates_args=())
+def dequantize_into(weights: SlotWeights, dense_SNK: torch.Tensor) -> None:
+    """The same, written to a tensor of any strides."""
+    _dequantize(weights.values, weights.scales, weights.format, weights.group, dense_SNK)
+
+
+class TritonDequantizer:
+    """`Dequantizer` on a device, in one launch a weight."""
+
+    def run(self, weights: ScaledWeights, dense_NK: torch.Tensor) -> None:
+        slot = SlotWeights(
+            values=weights.values[None], scales=weights.scales[None], format=weights.format
+        )
+        dequantize_into(slot, dense_NK[None])
+
+
+@torch.library.custom_op("moe_runtime::dequantize", mutates_args=("dense_SNK",))
 def _dequantize(
     values: torch.Tensor,
     scales: torch.Tensor | None,
     weight_format: str,
     group: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    check_device(_dequantize_kernel, needs_fp8=weight_format == "fp8", values=values, scales=scales)
+    dense_SNK: torch.Tensor,
+) -> None:
+    check_device(
+        _dequantize_kernel,
+        needs_fp8=weight_format == "fp8",
+        values=values,
+        scales=scales,
+        dense_SNK=dense_SNK,
+    )
     S, N, K = check_weights(values, scales, None, weight_format, group)
     if scales is None:
         raise UnsupportedKernelError("plain weights need no dequantising: use them as they are")
-    if dtype not in FLOATS:
-        raise UnsupportedKernelError(f"dtype is {dtype}; supported: {', '.join(map(str, FLOATS))}")
-    dense_SNK = values.new_empty(S, N, K, dtype=dtype)
+    check_dtype("dense_SNK", dense_SNK, FLOATS)
+    check_shape("dense_SNK", dense_SNK, (S, N, K))
     tiles = triton.cdiv(N, _BLOCK_ROWS) * triton.cdiv(K, _BLOCK_COLUMNS)
     if dense_SNK.numel() == 0:
-        return dense_SNK
+        return
+    has_parts = values.dim() == 4
     with on_device_of(values):
         _dequantize_kernel[(S * tiles,)](
             values,
-            *values.stride(),
+            *strides_of(values, has_parts=has_parts),
             scales,
-            *scales.stride()[:2],
-            scales.stride(-1),
+            *strides_of(scales, has_parts=has_parts),
             dense_SNK,
+            *dense_SNK.stride(),
             N,
             K,
+            values.shape[-2],
             FORMAT=weight_format,
             GROUP=group_of(weight_format, group),
             FP8_SQUARE=FP8_BLOCK,
+            HAS_PARTS=has_parts,
             BLOCK_N=_BLOCK_ROWS,
             BLOCK_K=_BLOCK_COLUMNS,
             EVEN_K=K % _BLOCK_COLUMNS == 0,
             num_warps=4,
         )
-    return dense_SNK
 
 
 @_dequantize.register_fake
@@ -77,29 +101,34 @@ def _(
     scales: torch.Tensor | None,
     weight_format: str,
     group: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    S, N, columns = values.shape
-    K = columns * 2 if weight_format in ("int4", "mxfp4") else columns
-    return values.new_empty(S, N, K, dtype=dtype)
+    dense_SNK: torch.Tensor,
+) -> None:
+    """It returns nothing."""
 
 
 @triton.jit
 def _dequantize_kernel(
     values,
     stride_vs,
+    stride_vp,
     stride_vn,
     stride_vk,
     scales,
     stride_ss,
+    stride_sp,
     stride_sn,
     stride_sk,
     dense,
+    stride_ds,
+    stride_dn,
+    stride_dk,
     num_rows,
     num_columns,
+    part_rows,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     FP8_SQUARE: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -113,14 +142,24 @@ def _dequantize_kernel(
     first_column = tile % column_tiles * BLOCK_K
     is_row = row < num_rows
     scales += slot * stride_ss
+    value_row, scale_row = weight_rows(
+        row,
+        part_rows,
+        stride_vp,
+        stride_vn,
+        stride_sp,
+        stride_sn,
+        FORMAT,
+        FP8_SQUARE,
+        HAS_PARTS,
+    )
     number = load_tile(
         values + slot * stride_vs,
-        stride_vn,
+        value_row,
         stride_vk,
         scales,
-        stride_sn,
+        scale_row,
         stride_sk,
-        row,
         is_row,
         first_column,
         num_columns,
@@ -132,13 +171,13 @@ def _dequantize_kernel(
         EVEN_K,
     )
     if FORMAT == "int8":
-        number *= row_scale(scales, stride_sn, row, is_row)[:, None]
+        number *= row_scale(scales, scale_row, is_row)[:, None]
     if FORMAT == "fp8":
-        number *= column_scale(scales, stride_sn, stride_sk, row, is_row, first_column, FP8_SQUARE)[
+        number *= column_scale(scales, scale_row, stride_sk, is_row, first_column, FP8_SQUARE)[
             :, None
         ]
-    column = first_column + tl.arange(0, BLOCK_K)
-    place = (slot * num_rows + row[:, None]) * num_columns + column[None, :]
+    column = (first_column + tl.arange(0, BLOCK_K)).to(tl.int64)
+    place = slot * stride_ds + row.to(tl.int64)[:, None] * stride_dn + column[None, :] * stride_dk
     tl.store(
         dense + place,
         number.to(dense.dtype.element_ty),

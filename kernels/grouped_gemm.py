@@ -1,5 +1,6 @@
 """Products of sorted rows with the weights of their experts, read where they lie in the slots."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import astuple
 
@@ -19,7 +20,7 @@ from moe_runtime.kernels.launch import (
 from moe_runtime.kernels.permute import SortedPairs
 from moe_runtime.kernels.product import product_kernel
 from moe_runtime.kernels.scaled_blocks import FP8_BLOCK
-from moe_runtime.kernels.slot_weights import SlotWeights, check_weights, group_of
+from moe_runtime.kernels.slot_weights import SlotWeights, check_weights, group_of, strides_of
 from moe_runtime.kernels.tile_settings import MATRIX_ROWS, TileSettings
 
 # T tokens, K experts a token, E experts, S slots, B blocks, R = B * block_rows rows, D model dim,
@@ -151,18 +152,15 @@ def _grouped_gemm(
     if out.numel() == 0:
         return out
     tiles = triton.cdiv(N, block_outputs)
+    has_parts = values.dim() == 4
     with on_device_of(x):
         product_kernel[(num_blocks * tiles,)](
             x,
             *x.stride(),
             values,
-            *values.stride(),
+            *strides_of(values, has_parts=has_parts),
             values if scales is None else scales,
-            *(
-                (0, 0, 0)
-                if scales is None
-                else (scales.stride(0), scales.stride(1), scales.stride(-1))
-            ),
+            *((0,) * 4 if scales is None else strides_of(scales, has_parts=has_parts)),
             x if bias is None else bias,
             *((0, 0) if bias is None else bias.stride()),
             out,
@@ -174,12 +172,14 @@ def _grouped_gemm(
             num_blocks,
             num_outputs,
             num_inputs,
+            values.shape[-2],
             alpha,
             limit,
             TOP_K=top_k,
             FORMAT=weight_format,
             GROUP=group_of(weight_format, group),
             FP8_SQUARE=FP8_BLOCK,
+            HAS_PARTS=has_parts,
             HAS_BIAS=bias is not None,
             ACTIVATION=activation,
             IS_INTERLEAVED=is_interleaved,
@@ -216,5 +216,5 @@ def _(
     limit: float,
     settings: Sequence[int],
 ) -> torch.Tensor:
-    N = values.shape[1]
+    N = math.prod(values.shape[1:-1])
     return x.new_empty(pairs_R.shape[0], N if activation == _NO_GATE else N // 2)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from moe_runtime.kernels.gate import apply_gate
-from moe_runtime.kernels.weight_tile import column_scale, load_tile, row_scale
+from moe_runtime.kernels.weight_tile import column_scale, load_tile, row_scale, weight_rows
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _slot_of(slots, expert, num_experts, num_slots):
 
 
 @triton.jit
-def _weight_rows(
+def _rows_of_tile(
     tile, num_outputs, IS_GATED: tl.constexpr, IS_INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr
 ):
     """(weight rows of a tile, whether they exist): gate and up of an output side by side."""
@@ -62,7 +62,7 @@ def _store_nothing_found(
 def _finish(
     total,
     scales,
-    stride_sn,
+    scale_row,
     bias,
     stride_bn,
     out,
@@ -82,7 +82,7 @@ def _finish(
 ):
     """Scale, bias, gate and store of the float32 sums of a tile."""
     if FORMAT == "int8":
-        total *= row_scale(scales, stride_sn, weight_row, is_weight_row)[None, :]
+        total *= row_scale(scales, scale_row, is_weight_row)[None, :]
     if HAS_BIAS:
         total += tl.load(bias + weight_row * stride_bn, mask=is_weight_row, other=0.0).to(
             tl.float32
@@ -106,10 +106,12 @@ def product_kernel(
     stride_xk,
     values,
     stride_vs,
+    stride_vp,
     stride_vn,
     stride_vk,
     scales,
     stride_ss,
+    stride_sp,
     stride_sn,
     stride_sk,
     bias,
@@ -124,12 +126,14 @@ def product_kernel(
     num_blocks,
     num_outputs,
     num_inputs,
+    part_rows,
     alpha,
     limit,
     TOP_K: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     FP8_SQUARE: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr,
@@ -161,8 +165,19 @@ def product_kernel(
     if slot < 0:
         _store_nothing_found(out, first_row, is_row, tile, num_outputs, BLOCK_ROWS, OUTPUTS)
         return
-    weight_row, is_weight_row = _weight_rows(
+    weight_row, is_weight_row = _rows_of_tile(
         tile, num_outputs, IS_GATED, IS_INTERLEAVED, BLOCK_OUTPUTS
+    )
+    value_row, scale_row = weight_rows(
+        weight_row,
+        part_rows,
+        stride_vp,
+        stride_vn,
+        stride_sp,
+        stride_sn,
+        FORMAT,
+        FP8_SQUARE,
+        HAS_PARTS,
     )
     values += slot * stride_vs
     scales += slot * stride_ss
@@ -181,12 +196,11 @@ def product_kernel(
         left = tl.load(x_rows + column[None, :] * stride_xk, mask=mask, other=0.0)
         right = load_tile(
             values,
-            stride_vn,
+            value_row,
             stride_vk,
             scales,
-            stride_sn,
+            scale_row,
             stride_sk,
-            weight_row,
             is_weight_row,
             first,
             num_inputs,
@@ -198,9 +212,7 @@ def product_kernel(
             EVEN_K,
         )
         if FORMAT == "fp8":
-            scale = column_scale(
-                scales, stride_sn, stride_sk, weight_row, is_weight_row, first, FP8_SQUARE
-            )
+            scale = column_scale(scales, scale_row, stride_sk, is_weight_row, first, FP8_SQUARE)
         if BLOCK_ROWS < MATRIX_ROWS:
             right = right.to(tl.float32)
             if FORMAT == "fp8":
@@ -220,7 +232,7 @@ def product_kernel(
     _finish(
         total,
         scales,
-        stride_sn,
+        scale_row,
         bias + slot * stride_bs,
         stride_bn,
         out,

@@ -1,5 +1,6 @@
 """One projection of the experts in all slots, as it lies in the slab, in any weight format."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -37,6 +38,9 @@ class SlotWeights:
 
     Values are `[S, N, K]`; of two codes in a byte the low one is the even column's.
     `group` is that of int4: a power of two from 16 to 128. `bias` is `[S, N]`.
+
+    A weight may stand in P equal parts of its rows, as gate and up of checkpoints do: values
+    `[S, P, N / P, K]`, and scales of each part for itself, `[S, P, ...]`.
     """
 
     values: torch.Tensor
@@ -51,6 +55,20 @@ def group_of(weight_format: str, group: int) -> int:
     return {"mxfp4": MXFP4_GROUP, "int4": group}.get(weight_format, 1)
 
 
+def num_inputs(columns: int, weight_format: str) -> int:
+    """Weights of a row of so many values."""
+    return columns * 2 if weight_format in ("int4", "mxfp4") else columns
+
+
+def strides_of(tensor: torch.Tensor, *, has_parts: bool) -> tuple[int, int, int, int]:
+    """Those of slot, part, row and column of values or scales, as kernels take them.
+
+    Scales of rows have no columns, and their last stride is any.
+    """
+    slot, *rest = tensor.stride() if has_parts else tensor.unsqueeze(1).stride()
+    return slot, rest[0], rest[1], rest[-1]
+
+
 def check_weights(
     values: torch.Tensor,
     scales: torch.Tensor | None,
@@ -58,14 +76,14 @@ def check_weights(
     weight_format: str,
     group: int,
 ) -> tuple[int, int, int]:
-    """(S, N, K), or an error that says what the format asks for."""
+    """(S, N, K) with all rows of all parts, or an error that says what the format asks for."""
     if weight_format not in get_args(WeightFormat):
         raise UnsupportedKernelError(
             f"format is {weight_format!r}; supported: {', '.join(get_args(WeightFormat))}"
         )
-    check_shape("values", values, (None, None, None))
-    S, N, columns = values.shape
-    K = columns * 2 if weight_format in ("int4", "mxfp4") else columns
+    check_shape("values", values, (None,) * (4 if values.dim() == 4 else 3))
+    S, *parts, rows, columns = values.shape
+    N, K = math.prod(parts) * rows, num_inputs(columns, weight_format)
     if N < 1 or K < 1:
         raise UnsupportedKernelError(f"values have shape {tuple(values.shape)}: no weights in it")
     for name, tensor in (("values", values), ("scales", scales), ("bias", bias)):
@@ -90,10 +108,10 @@ def check_weights(
             f"({size})"
         )
     shapes: dict[str, tuple[int, ...]] = {
-        "int8": (S, N),
-        "fp8": (S, -(-N // FP8_BLOCK), -(-K // FP8_BLOCK)),
+        "int8": (rows,),
+        "fp8": (-(-rows // FP8_BLOCK), -(-K // FP8_BLOCK)),
     }
-    check_shape("scales", scales, shapes.get(weight_format, (S, N, K // size)))
+    check_shape("scales", scales, (S, *parts, *shapes.get(weight_format, (rows, K // size))))
     packed, exponents = (torch.uint8,), (torch.uint8,)
     check_dtype(
         "values",

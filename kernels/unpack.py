@@ -38,8 +38,14 @@ def unpack(blocks_PB: torch.Tensor, N: int, K: int, rows_per_block: int) -> torc
     Example, a row of three: low bytes 80 00 C0, codes 1 0 15, high bytes 3F BF and the escape 00
     are BF80 3F00 00C0: -1.0, 0.5 and a denormal.
     """
-    weights_NK: torch.Tensor = _unpack(blocks_PB, N, K, rows_per_block)
+    weights_NK = blocks_PB.new_empty(max(N, 0), max(K, 0), dtype=torch.bfloat16)
+    unpack_into(blocks_PB, weights_NK, rows_per_block)
     return weights_NK
+
+
+def unpack_into(blocks_PB: torch.Tensor, weights_NK: torch.Tensor, rows_per_block: int) -> None:
+    """The same, written to contiguous bf16 `[N, K]`."""
+    _unpack(blocks_PB, weights_NK, rows_per_block)
 
 
 def row_bytes(K: int) -> int:
@@ -53,13 +59,20 @@ def group_rows(K: int) -> int:
     return -(-GROUP_WEIGHTS // K)
 
 
-@torch.library.custom_op("moe_runtime::unpack", mutates_args=())
-def _unpack(blocks_PB: torch.Tensor, N: int, K: int, rows_per_block: int) -> torch.Tensor:
-    check_device(_unpack_kernel, blocks_PB=blocks_PB)
+@torch.library.custom_op("moe_runtime::unpack", mutates_args=("weights_NK",))
+def _unpack(blocks_PB: torch.Tensor, weights_NK: torch.Tensor, rows_per_block: int) -> None:
+    check_device(_unpack_kernel, blocks_PB=blocks_PB, weights_NK=weights_NK)
     check_dtype("blocks_PB", blocks_PB, (torch.uint8,))
+    check_dtype("weights_NK", weights_NK, (torch.bfloat16,))
+    check_shape("weights_NK", weights_NK, (None, None))
+    N, K = weights_NK.shape
     if N < 1 or K < 1 or rows_per_block < 1:
         raise UnsupportedKernelError(
             f"N ({N}), K ({K}) and rows_per_block ({rows_per_block}) must be positive"
+        )
+    if not weights_NK.is_contiguous():
+        raise UnsupportedKernelError(
+            f"weights_NK has strides {weights_NK.stride()}: pass contiguous rows"
         )
     num_blocks = -(-N // rows_per_block)
     check_shape("blocks_PB", blocks_PB, (num_blocks, None))
@@ -71,11 +84,10 @@ def _unpack(blocks_PB: torch.Tensor, N: int, K: int, rows_per_block: int) -> tor
             f"weights take {index_end} or more, and less than 2 GiB"
         )
     blocks_PB = blocks_PB.contiguous()
-    bits_NK = blocks_PB.new_empty(N, K, dtype=torch.int16)
     with on_device_of(blocks_PB):
         _unpack_kernel[(num_blocks * groups_per_block,)](
             blocks_PB,
-            bits_NK,
+            weights_NK.view(torch.int16),
             blocks_PB.shape[1],
             N,
             K,
@@ -89,12 +101,11 @@ def _unpack(blocks_PB: torch.Tensor, N: int, K: int, rows_per_block: int) -> tor
             CHUNK=_CHUNK,
             num_warps=4,
         )
-    return bits_NK.view(torch.bfloat16)
 
 
 @_unpack.register_fake
-def _(blocks_PB: torch.Tensor, N: int, K: int, rows_per_block: int) -> torch.Tensor:
-    return blocks_PB.new_empty(N, K, dtype=torch.bfloat16)
+def _(blocks_PB: torch.Tensor, weights_NK: torch.Tensor, rows_per_block: int) -> None:
+    """It returns nothing."""
 
 
 @triton.jit

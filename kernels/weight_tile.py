@@ -27,14 +27,34 @@ def decode_e8m0(code):
 
 
 @triton.jit
+def weight_rows(
+    row_N,
+    part_rows,
+    stride_vp,
+    stride_vn,
+    stride_sp,
+    stride_sn,
+    FORMAT: tl.constexpr,
+    FP8_SQUARE: tl.constexpr,
+    HAS_PARTS: tl.constexpr,
+):
+    """Where values and scales of rows begin in a slot, of which each part has `part_rows`."""
+    part = row_N // part_rows if HAS_PARTS else tl.zeros_like(row_N)
+    row_N -= part * part_rows
+    value_N = part * stride_vp + row_N * stride_vn
+    if FORMAT == "fp8":  # a part begins with a square of its own
+        row_N = row_N // FP8_SQUARE
+    return value_N, part * stride_sp + row_N * stride_sn
+
+
+@triton.jit
 def load_tile(
     values,
-    stride_vn,
+    value_N,
     stride_vk,
     scales,
-    stride_sn,
+    scale_N,
     stride_sk,
-    row_N,
     is_row_N,
     first_column,
     num_columns,
@@ -45,7 +65,7 @@ def load_tile(
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """`[BLOCK_N, BLOCK_K]` in `dtype`: rows `row_N`, columns from `first_column`; 0 outside.
+    """`[BLOCK_N, BLOCK_K]` in `dtype`: rows at `value_N`, columns from `first_column`; 0 outside.
 
     `values` and `scales` point to the expert's slot. Formats of four bits are scaled here. int8 and
     fp8 are not: their scales are applied to sums, where they cost less and round less
@@ -55,14 +75,14 @@ def load_tile(
         pair = first_column // 2 + tl.arange(0, BLOCK_K // 2)
         mask = is_row_N[:, None] & (pair * 2 < num_columns)[None, :]
         packed = tl.load(
-            values + row_N[:, None] * stride_vn + pair[None, :] * stride_vk, mask=mask, other=0
+            values + value_N[:, None] + pair[None, :] * stride_vk, mask=mask, other=0
         ).to(tl.int32)
         code = tl.interleave(packed & 15, packed >> 4)
         # A group may be wider than the tile, or the tile hold several.
         GROUPS: tl.constexpr = BLOCK_K // GROUP if BLOCK_K > GROUP else 1
         group = first_column // GROUP + tl.arange(0, GROUPS)
         scale = tl.load(
-            scales + row_N[:, None] * stride_sn + group[None, :] * stride_sk,
+            scales + scale_N[:, None] + group[None, :] * stride_sk,
             mask=is_row_N[:, None] & (group * GROUP < num_columns)[None, :],
             other=0,
         )
@@ -83,7 +103,7 @@ def load_tile(
         mask = is_row_N[:, None]
         if not EVEN_K:
             mask = mask & (column < num_columns)[None, :]
-        address = values + row_N[:, None] * stride_vn + column[None, :] * stride_vk
+        address = values + value_N[:, None] + column[None, :] * stride_vk
         if FORMAT == "fp8":
             # Eight-bit floats have no number to stand for masked places in all versions.
             tile = tl.load(address, mask=mask).to(tl.float32)
@@ -96,16 +116,14 @@ def load_tile(
 
 
 @triton.jit
-def column_scale(scales, stride_sn, stride_sk, row_N, is_row_N, first_column, BLOCK: tl.constexpr):
+def column_scale(scales, scale_N, stride_sk, is_row_N, first_column, FP8_SQUARE: tl.constexpr):
     """`[BLOCK_N]`: the fp8 scales of the rows for a tile of columns, all in one square."""
     return tl.load(
-        scales + (row_N // BLOCK) * stride_sn + (first_column // BLOCK) * stride_sk,
-        mask=is_row_N,
-        other=0.0,
+        scales + scale_N + (first_column // FP8_SQUARE) * stride_sk, mask=is_row_N, other=0.0
     ).to(tl.float32)
 
 
 @triton.jit
-def row_scale(scales, stride_sn, row_N, is_row_N):
+def row_scale(scales, scale_N, is_row_N):
     """`[BLOCK_N]`: the int8 scales of the rows."""
-    return tl.load(scales + row_N * stride_sn, mask=is_row_N, other=0.0).to(tl.float32)
+    return tl.load(scales + scale_N, mask=is_row_N, other=0.0).to(tl.float32)

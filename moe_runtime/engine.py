@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -14,12 +14,12 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.ahead_line import AheadRead
+from moe_runtime.memory.blob_map import BlobMap
 from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
-from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.read_watch import ReadWatch
 from moe_runtime.memory.slots import Slots
-from moe_runtime.memory.tensor_map import Extent, TensorMap
+from moe_runtime.memory.tensor_map import TensorMap
 from moe_runtime.recording.engine_watch import EngineWatch
 from moe_runtime.scheduling.prefetch import (
     AheadPlan,
@@ -30,16 +30,6 @@ from moe_runtime.scheduling.prefetch import (
 )
 
 Weights = Mapping[str, torch.Tensor]
-
-
-class BlobMap(Protocol):
-    """How experts stand in slots, and what to read for it."""
-
-    def extents(self, key: ExpertKey) -> tuple[Extent, ...]:
-        """The reads that fill a slot with `key`."""
-
-    def layout(self, key: ExpertKey) -> ExpertLayout:
-        """Where the parameters of `key` then are."""
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ import torch
 from moe_runtime.kernels.cpu.experts_layer import Biases
 from moe_runtime.kernels.cpu.matrix import Weight
 from moe_runtime.layer import MAX_HELD_BYTES, Dispatch, ExpertAccess, ExpertMath, run_experts
-from moe_runtime.memory.compact_slots import CompactWeights
+from moe_runtime.memory.compact_views import CompactWeights
 
 # T tokens, D model dim, R rows of all experts, n of one
 

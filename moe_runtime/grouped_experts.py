@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import torch
@@ -15,6 +15,7 @@ from moe_runtime.kernels.permute import SortedPairs, max_blocks, sort_pairs
 from moe_runtime.kernels.slot_weights import SlotWeights
 from moe_runtime.layer import ExpertMath
 from moe_runtime.memory.stream import Stream
+from moe_runtime.stored_weights import StoredWeight
 
 # T tokens, K top-k, E experts, D model dim, F ffn dim, S slots, B blocks of b rows, R = B * b rows
 
@@ -25,7 +26,8 @@ class GroupedExperts:
 
     Bits depend on the tokens, their experts and the settings for so many pairs, not on which slots
     hold the experts, nor on how many calls compute them. `gate` None: `math`'s own gate runs in
-    torch between the products. `gpu_name` None: Triton's interpreter runs on the CPU.
+    torch between the products. `gpu_name` None: Triton's interpreter runs on the CPU. Parameters in
+    `stored` are read as slots hold them quantised, and become numbers in registers.
     """
 
     math: ExpertMath
@@ -34,6 +36,7 @@ class GroupedExperts:
     model_dim: int
     ffn_dim: int
     gpu_name: str | None
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -101,8 +104,11 @@ class GroupedExperts:
         return y_RD if math.post_norm is None else math.post_norm(y_RD)
 
     def _weights(self, stacked: Mapping[str, torch.Tensor], name: str) -> SlotWeights:
+        bias_SN = stacked.get(name + "_bias")
+        if name in self.stored:
+            return self.stored[name].of(stacked, bias_SN)
         values = stacked[name].mT if self.math.is_transposed else stacked[name]
-        return SlotWeights(values=values, bias=stacked.get(name + "_bias"))
+        return SlotWeights(values=values, bias=bias_SN)
 
 
 class GroupedRows:

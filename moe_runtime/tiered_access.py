@@ -104,7 +104,7 @@ class TieredAccess:
     @property
     def max_together(self) -> int:
         """Experts whose weights may be held at a time."""
-        return self._engine.device_slots.num_slots
+        return self._engine.device_slots.max_views
 
     def is_ready(self, expert: int) -> bool:
         """Whether `weights` or `host_weights` would return without a wait for the disk."""
@@ -115,8 +115,8 @@ class TieredAccess:
         """The parameters of `expert` on the device, by name. Raises ExpertReadError."""
         engine = self._engine
         self.await_device(expert)
-        slot = self.device_slots[expert]
-        return engine.device_slots.views(slot, engine.tensor_map.layers[self.layer].layout)
+        layout = engine.device_layout(self.layer)
+        return engine.device_slots.weights(self.device_slots[expert], layout, self.compute)
 
     def await_device(self, expert: int) -> None:
         """Kernels launched from now on find `expert` in its slot. Raises ExpertReadError."""
@@ -145,7 +145,7 @@ class TieredAccess:
         assert journey.device is None, f"{journey.key} goes to the device"
         self._bring(journey)
         self._is_used = True  # its outputs are copied from memory that the next layer writes
-        return engine.host_slots.views(journey.host.slot, engine.tensor_map.layout(journey.key))
+        return engine.host_slots.views(journey.host.slot, engine.blobs.layout(journey.key))
 
     def use_resident(self) -> None:
         """Kernels of this forward read any experts of the layer, by its table of slots."""

@@ -16,8 +16,10 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.ahead_line import AheadRead
+from moe_runtime.memory.blob_map import BlobMap
 from moe_runtime.memory.device_slots import DeviceSlots
 from moe_runtime.memory.expert_source import ExpertSource, Load
+from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.pinned_buffer import PinnedBuffer
 from moe_runtime.memory.pinned_slots import PinnedSlots
 from moe_runtime.memory.read_watch import ReadWatch
@@ -47,7 +49,8 @@ class TieredEngine:
 
     Not shared between models. One layer runs at a time; a second thread waits its turn. No slot is
     written while a copy or a kernel may touch it: events order streams, and the host waits only
-    before the disk writes to a host slot that a copy still reads. `poison` fills slots with NaN
+    before the disk writes to a host slot that a copy still reads. `blobs` says what host slots hold
+    and the link carries, if not experts as `tensor_map` has them. `poison` fills slots with NaN
     before they are written, so that a race shows in the output (tests).
     """
 
@@ -61,9 +64,11 @@ class TieredEngine:
         policy: EvictionPolicy,
         planner: MissPlanner,
         *,
+        blobs: BlobMap | None = None,
         poison: bool = False,
     ) -> None:
         self.tensor_map = tensor_map
+        self.blobs: BlobMap = tensor_map if blobs is None else blobs
         self.streams = streams
         self.device_slots = device_slots
         self.host_slots = host_slots
@@ -145,7 +150,7 @@ class TieredEngine:
             room -= experts.num_experts
             with self.open_layer(layer, range(experts.num_experts)) as access:
                 for expert in range(experts.num_experts):
-                    access.weights(expert)
+                    access.await_device(expert)
                     access.release(expert)
 
     def close(self) -> None:
@@ -176,6 +181,11 @@ class TieredEngine:
         event.wait()  # sync: counted
 
     # What follows is for the layer that has its turn.
+
+    def device_layout(self, layer: int) -> ExpertLayout:
+        """How experts of `layer` stand in device slots: as on the host, but none stays packed."""
+        experts = self.tensor_map.layers[layer]
+        return experts.layout if experts.scaled is None else self.blobs.layout(ExpertKey(layer, 0))
 
     def is_on_host(self, key: ExpertKey) -> bool:
         """Whether host memory holds `key`, or will without being asked again."""
@@ -298,10 +308,12 @@ class TieredEngine:
         if previous is not None:
             self._tables.pop(previous.layer, None)
             used = self._used.get(previous.layer)
-        num_bytes = self.tensor_map.layout(key).num_bytes
+        layout = self.blobs.layout(key)
+        num_bytes = layout.stored_bytes
         events = self.device_slots.fill(
             device_slot,
             self.host_slots.bytes(host_slot)[:num_bytes],
+            layout,
             stream,
             used=used,
             poison=self._poison,

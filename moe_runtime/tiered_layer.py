@@ -123,10 +123,11 @@ class TieredLayers:
         return total_TD
 
     def _rows(self, access: TieredAccess, math: TieredMath, inputs: "_Inputs") -> DeviceRows:
-        slots = self._engine.device_slots
-        layout = self._engine.tensor_map.layers[access.layer].layout
+        engine, slots = self._engine, self._engine.device_slots
         if math.grouped is not None:
-            return math.grouped.rows(*inputs.tensors, slots.stacked(layout))
+            stacked = slots.stacked(engine.tensor_map.layers[access.layer].layout)
+            return math.grouped.rows(*inputs.tensors, stacked)
+        layout = engine.device_layout(access.layer)
         return TorchRows(math.torch_math, slots, layout, *inputs.tensors)
 
     def report(self) -> dict[str, Any]:
@@ -310,8 +311,9 @@ class _Run:
             torch.ones(len(token_n), 1),
         )
         start = time.perf_counter()
+        max_together = min(len(experts), self._engine.host_slots.max_views)
         y_nD = self._host_math.run(
-            on_host.hidden_TD[token_n], own, HostAccess(self._access, len(experts))
+            on_host.hidden_TD[token_n], own, HostAccess(self._access, max_together)
         )
         seconds = time.perf_counter() - start
         for expert, y, size in zip(experts, torch.split(y_nD, sizes), sizes, strict=True):

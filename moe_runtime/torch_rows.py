@@ -32,7 +32,7 @@ class TorchRows:
         num_tokens, top_k = top_k_index_TK.shape
         num_rows, device = num_tokens * top_k, hidden_TD.device
         self._math = math
-        self._views = slots.views
+        self._weights_in = slots.weights
         self._layout = layout
         self._hidden_TD = hidden_TD
         self._index_TK = top_k_index_TK
@@ -65,7 +65,7 @@ class TorchRows:
     def compute(self, experts: Sequence[int], compute: Stream) -> None:
         """Queue the products of `experts`."""
         for expert in experts:
-            weights = self._views(self._slots[expert], self._layout)
+            weights = self._weights_in(self._slots[expert], self._layout, compute)
             rows = self.rows_of(expert)
             compute.launch(lambda w=weights, r=rows: self._compute(w, r))  # type: ignore[misc]
 

@@ -18,14 +18,13 @@ def put_tiers_below(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     machine = FakeMachine(random.Random(0), is_eager=True)
 
     def build(tensor_map, budget, tiers, policy, reader, device):  # type: ignore[no-untyped-def]
-        aligned = tensor_map.on_cache_lines()
         return build_tiers(
-            aligned,
+            tensor_map,
             budget,
             tiers,
             policy,
             FakeStreams(machine),
-            DiskSource(aligned, reader),
+            DiskSource(budget.kind.behind.blobs or tensor_map, reader),
             available_host_bytes=PLENTY_BYTES,
         )
 
@@ -35,4 +34,5 @@ def put_tiers_below(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
     monkeypatch.setattr(install, "build_engine", build)
     for module in (load, offload):
         monkeypatch.setattr(module, "choose_maths", choose)
+        monkeypatch.setattr(module, "has_tiers", lambda device: True)
     return machine

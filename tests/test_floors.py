@@ -40,7 +40,7 @@ BELOW_3 = NOUNS | names("perf kernels predictors placement memory cache")
 BELOW_4 = BELOW_3 | names("simulate scheduling parallel recording")
 WIRING = names(
     "layer fast_layer engine foresight warm_start offline kernel_settings grouped_experts "
-    "torch_rows tiered_access tiered_ahead tiered_engine tiered_layer tiered_math"
+    "stored_weights torch_rows tiered_access tiered_ahead tiered_engine tiered_layer tiered_math"
 )
 BELOW_5 = BELOW_4 | WIRING
 BELOW_6 = BELOW_5 | names("integrations measure report")

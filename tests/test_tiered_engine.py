@@ -1,6 +1,7 @@
 """Laws of the tiers: whatever order streams and disk take, every expert computes with its bytes."""
 
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_runtime.cache.lru import LRUPolicy
 from moe_runtime.engine import Weights
 from moe_runtime.errors import ExpertReadError, OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
+from moe_runtime.memory.device_room import DeviceRoom
 from moe_runtime.memory.device_slots import DeviceSlots
 from moe_runtime.memory.pinned_slots import PinnedSlots
 from moe_runtime.scheduling.miss_plan import MissWay
@@ -22,6 +24,11 @@ from tests.tiered_world import Forward, Running, TieredWorld, needs_interpreter
 NUM_FORWARDS = 12
 
 WORLDS = [TieredWorld(random.Random(seed)) for seed in range(6)]
+DTYPES = {"fp8": torch.float32, "mxfp4": torch.float32, "packed": torch.bfloat16}
+STORED_WORLDS = {
+    form: [TieredWorld(random.Random(seed), dtype, form) for seed in range(3)]  # type: ignore[arg-type]
+    for form, dtype in DTYPES.items()
+}
 
 
 def random_running(
@@ -31,10 +38,11 @@ def random_running(
     num_host_slots: int | None = None,
     *,
     is_grouped: bool = False,
+    worlds: Sequence[TieredWorld] = WORLDS,
 ) -> Running:
     """An engine with random sizes over one of the worlds; repeatable."""
     rng = random.Random(seed)
-    world = WORLDS[seed % len(WORLDS)]
+    world = worlds[seed % len(worlds)]
     world.rng = rng
     world.generator.manual_seed(seed)
     most = world.tensor_map.num_experts
@@ -82,6 +90,30 @@ def test_any_order_with_grouped_products(seed: int, way: MissWay) -> None:
     """Law: the same where Triton computes experts out of the slots, together or as they come."""
     running = random_running(seed, way, is_grouped=True)
     run_schedule(running, num_forwards=4, max_tokens=3)
+    running.engine.close()
+    assert running.machine.is_idle
+
+
+@pytest.mark.parametrize("form", STORED_WORLDS)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32), way=st.sampled_from(MissWay))
+def test_any_order_with_stored_experts(form: str, seed: int, way: MissWay) -> None:
+    """Law: the same where slots hold experts quantised, or the link carries them packed."""
+    running = random_running(seed, way, worlds=STORED_WORLDS[form])
+    run_schedule(running)
+    counts, world = running.engine.counts, running.world
+    stored_bytes = max(map(len, world.blobs.values()))
+    assert counts.copied_bytes <= stored_bytes * (counts.num_copied + counts.num_prefetched)
+    running.engine.close()
+    assert running.machine.is_idle
+
+
+@needs_interpreter
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def test_products_of_stored_experts(form: str) -> None:
+    """Law: Triton computes from quantised slots, in any order."""
+    running = random_running(1, MissWay.COPY, 3, 3, is_grouped=True, worlds=STORED_WORLDS[form])
+    run_schedule(running, num_forwards=2, max_tokens=2)
     running.engine.close()
     assert running.machine.is_idle
 
@@ -140,8 +172,8 @@ MUTANTS = {
         DeviceSlots,
         "fill",
         lambda real: (
-            lambda self, slot, blob, stream, *, used, poison: real(
-                self, slot, blob, stream, used=None, poison=poison
+            lambda self, slot, blob, layout, stream, *, used, poison: real(
+                self, slot, blob, layout, stream, used=None, poison=poison
             )
         ),
     ),
@@ -183,6 +215,32 @@ def test_the_schedules_would_find_a_race(name: str, monkeypatch: pytest.MonkeyPa
         except AssertionError:
             return
     pytest.fail(f"nobody noticed that {name}")
+
+
+class AtOnce:
+    """A stream that waits for nothing."""
+
+    def launch(self, kernel: Callable[[], object]) -> None:
+        kernel()
+
+
+def test_the_schedules_would_find_an_expert_that_is_dequantised_too_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Law: where the room is filled before the stream comes to it, an output is soon wrong."""
+    real = DeviceRoom.expand
+    monkeypatch.setattr(
+        DeviceRoom,
+        "expand",
+        lambda self, slot, blob, layout, stream: real(self, slot, blob, layout, AtOnce()),
+    )
+    for seed in range(100):
+        running = random_running(seed, MissWay.COPY, 2, 2, worlds=STORED_WORLDS["fp8"])
+        try:
+            run_schedule(running)
+        except AssertionError:
+            return
+    pytest.fail("nobody noticed")
 
 
 @pytest.mark.parametrize("way", MissWay)

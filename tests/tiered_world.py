@@ -15,24 +15,34 @@ from moe_runtime.grouped_experts import GroupedExperts
 from moe_runtime.kernels.gate import Gate
 from moe_runtime.kernels.launch import is_interpreted
 from moe_runtime.kernels.product import product_kernel
+from moe_runtime.kernels.scaled_blocks import Dequantizer, TorchDequantizer
 from moe_runtime.layer import ExpertMath
+from moe_runtime.memory.blob_map import BlobMap
+from moe_runtime.memory.device_room import DeviceRoom
 from moe_runtime.memory.device_slots import DeviceSlots
 from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
+from moe_runtime.memory.packed_blob import Unpack
+from moe_runtime.memory.packed_landing import PackedLanding
 from moe_runtime.memory.pinned_slots import PinnedSlots
+from moe_runtime.memory.scaled_map import ScaledMap
+from moe_runtime.memory.stream import Streams
 from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 from moe_runtime.scheduling.miss_plan import MissWay
 from moe_runtime.scheduling.miss_planner import MissPlanner
 from moe_runtime.scheduling.prefetch import AheadPlan
+from moe_runtime.stored_weights import StoredWeight, stored_weights
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from moe_runtime.tiered_math import TieredMath
 from tests.fake_streams import FakeMachine, FakeSource, FakeStreams
 from tests.honest_experts import honest_forward, parameter_shapes, random_math, random_routing
+from tests.stored_experts import Form, PackedExperts, cpu_unpack, random_stored, scaled_experts
 
 # T tokens, D model dim
 
 MODEL_DIM, FFN_DIM = 8, 12
+STORED_DIM = 32  # of both: what mxfp4 can hold
 NUM_LAYERS = 3
 # Those of a GPU are in tests/integrations/test_tiers_on_gpu.py.
 needs_interpreter = pytest.mark.skipif(
@@ -56,36 +66,83 @@ class Forward:
 
 @dataclass
 class TieredWorld:
-    """A small model: `maths[layer]`, `weights[layer][expert]`, and the blobs of the disk."""
+    """A small model: `maths[layer]`, `weights[layer][expert]`, and the blobs of the disk.
+
+    `form` is that of the blobs: `weights` are what they stand for.
+    """
 
     rng: random.Random
     dtype: torch.dtype = torch.float32
+    form: Form = "plain"
     maths: list[ExpertMath] = field(init=False)
     weights: list[list[Weights]] = field(init=False)
     tensor_map: TensorMap = field(init=False)
     blobs: dict[ExpertKey, Blob] = field(init=False)
+    blob_map: BlobMap = field(init=False)
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.rng.randrange(2**31))
         self.maths, self.weights, self.blobs, layers = [], [], {}, []
-        for layer in range(NUM_LAYERS):
+        for _ in range(NUM_LAYERS):
             math, num_experts = random_math(self.rng), self.rng.randint(2, 6)
-            shapes = parameter_shapes(math, MODEL_DIM, FFN_DIM)
-            layout = ExpertLayout.pack([(n, s, self.dtype) for n, s in shapes.items()])
-            layers.append(LayerExperts(num_experts, layout, {}))
+            shapes = parameter_shapes(math, self.model_dim, self.ffn_dim)
+            if self.form in ("plain", "packed"):
+                layout = ExpertLayout.pack([(n, s, self.dtype) for n, s in shapes.items()])
+                layers.append(LayerExperts(num_experts, layout, {}))
+            else:
+                layers.append(scaled_experts(math, num_experts, shapes, self.dtype, self.form))
             self.maths.append(math)
-            self.weights.append([])
-            for expert in range(num_experts):
-                weights = {
-                    name: torch.randn(shape, generator=self.generator).to(self.dtype)
-                    for name, shape in shapes.items()
-                }
-                blob = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-                for name, view in layout.views(blob).items():
-                    view.copy_(weights[name])
-                self.weights[layer].append(weights)
-                self.blobs[ExpertKey(layer, expert)] = blob.numpy()
         self.tensor_map = TensorMap(layers)
+        packed = PackedExperts(self.tensor_map)
+        self.blob_map = ScaledMap.of(self.tensor_map) or self.tensor_map
+        for layer, experts in enumerate(layers):
+            self.weights.append([])
+            for key in (ExpertKey(layer, expert) for expert in range(experts.num_experts)):
+                blob = random_stored(experts.layout, self.generator)
+                layout = self.blob_map.layout(key)
+                plain = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+                if layout.compact is None:
+                    plain = blob
+                else:
+                    layout.compact.expander(layout.parameters, blob, plain)()
+                self.weights[layer].append(layout.views(plain))
+                self.blobs[key] = (
+                    packed.add(key, plain) if self.form == "packed" else blob
+                ).numpy()
+        if self.form == "packed":
+            self.blob_map = packed
+
+    @property
+    def model_dim(self) -> int:
+        return MODEL_DIM if self.form == "plain" else STORED_DIM
+
+    @property
+    def ffn_dim(self) -> int:
+        return FFN_DIM if self.form == "plain" else STORED_DIM
+
+    def device_slots(
+        self,
+        num_slots: int,
+        streams: Streams,
+        dequantizer: Dequantizer = TorchDequantizer(),  # noqa: B008 -- it has no state
+        unpack: Unpack = cpu_unpack,
+    ) -> DeviceSlots:
+        """With all that any form needs beside them."""
+        host_bytes = max(map(len, self.blobs.values()))
+        room_bytes = max(self.blob_map.layout(key).num_bytes for key in self.blobs)
+        return DeviceSlots(
+            num_slots,
+            self.tensor_map.slot_bytes,
+            streams,
+            room=DeviceRoom(room_bytes, streams, dequantizer),
+            landing=PackedLanding(host_bytes, streams, unpack),
+        )
+
+    def host_slots(self, num_slots: int, streams: Streams) -> PinnedSlots:
+        """With room for one expert as it computes."""
+        host_bytes = max(map(len, self.blobs.values()))
+        room_bytes = max(self.blob_map.layout(key).num_bytes for key in self.blobs)
+        return PinnedSlots(num_slots, host_bytes, streams, room_bytes=room_bytes)
 
     def torch_maths(self) -> list[TieredMath]:
         """One expert after the other, with the reference's bits; the CPU may take part."""
@@ -102,14 +159,15 @@ class TieredWorld:
                 grouped=GroupedExperts(
                     math=math,
                     gate=Gate() if math.up_name == "gate_up_proj" else None,
-                    num_experts=len(weights),
-                    model_dim=MODEL_DIM,
-                    ffn_dim=FFN_DIM,
+                    num_experts=layer.num_experts,
+                    model_dim=self.model_dim,
+                    ffn_dim=self.ffn_dim,
                     gpu_name=gpu_name,
+                    stored={} if layer.scaled is None else _stored(math, layer),
                 ),
             )
-            for tiered, math, weights in zip(
-                self.torch_maths(), self.maths, self.weights, strict=True
+            for tiered, math, layer in zip(
+                self.torch_maths(), self.maths, self.tensor_map.layers, strict=True
             )
         ]
 
@@ -122,10 +180,24 @@ class TieredWorld:
         rng, layer = self.rng, self.rng.randrange(NUM_LAYERS)
         num_tokens = rng.choice([1, 1, rng.randint(1, max_tokens)])
         weights = self.weights[layer]
-        hidden_TD = torch.randn(num_tokens, MODEL_DIM, generator=self.generator).to(self.dtype)
+        hidden_TD = torch.randn(num_tokens, self.model_dim, generator=self.generator).to(self.dtype)
         index_TK, scores_TK = random_routing(rng, self.generator, num_tokens, len(weights))
+        # Rows that a token has twice of one expert are added up in float32 by the reference.
+        while self.dtype != torch.float32 and _has_repeats(index_TK, len(weights)):
+            index_TK, scores_TK = random_routing(rng, self.generator, num_tokens, len(weights))
         expected_TD = honest_forward(self.maths[layer], weights, hidden_TD, index_TK, scores_TK)
         return Forward(layer, hidden_TD, index_TK, scores_TK, expected_TD)
+
+
+def _has_repeats(index_TK: torch.Tensor, num_experts: int) -> bool:
+    rows = [[expert for expert in row if expert < num_experts] for row in index_TK.tolist()]
+    return any(len(set(row)) < len(row) for row in rows)
+
+
+def _stored(math: ExpertMath, layer: LayerExperts) -> dict[str, StoredWeight]:
+    found = stored_weights(math, layer)
+    assert not isinstance(found, str), found
+    return found
 
 
 class Running:
@@ -146,15 +218,15 @@ class Running:
         self.machine = FakeMachine(world.rng)
         self.streams = FakeStreams(self.machine)
         self.source = FakeSource(self.machine, world.blobs)
-        slot_bytes = world.tensor_map.slot_bytes
         self.engine = TieredEngine(
             world.tensor_map,
             self.streams,
             self.source,
-            DeviceSlots(num_slots, slot_bytes, self.streams),
-            PinnedSlots(num_host_slots, slot_bytes, self.streams),
+            world.device_slots(num_slots, self.streams),
+            world.host_slots(num_host_slots, self.streams),
             policy(),
             MissPlanner(way),
+            blobs=world.blob_map,
             poison=True,
         )
         self.layers = TieredLayers(self.engine)

@@ -191,7 +191,7 @@ ExpertSlotsOption = Annotated[
     ExpertSlots,
     typer.Option(
         help="Whether packed experts stay so in memory, where a third more fit; auto keeps them "
-        "packed where a kernel computes from them as they are.",
+        "packed where a kernel computes from them as they are. On a GPU: in host memory behind it.",
         rich_help_panel=MEMORY_PANEL,
     ),
 ]

@@ -1,13 +1,18 @@
 """Where experts come from when no memory holds them."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
+
+import torch
 
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.ahead_line import AheadLine, AheadRead
+from moe_runtime.memory.blob_map import BlobMap
 from moe_runtime.memory.disk import Blob, DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
+from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.read_watch import ReadWatch
-from moe_runtime.memory.tensor_map import TensorMap
 
 
 class Load(Protocol):
@@ -58,10 +63,14 @@ class ExpertSource(Protocol):
 
 
 class DiskSource:
-    """Experts in the files of a checkpoint."""
+    """Experts in the files of a checkpoint, as `blobs` has them.
 
-    def __init__(self, tensor_map: TensorMap, reader: DiskReader) -> None:
-        self._tensor_map = tensor_map
+    Of quantised ones every scale is looked at when it arrives: a device must not be asked for
+    numbers. A load raises CheckpointError, naming tensor and file, where one is not.
+    """
+
+    def __init__(self, blobs: BlobMap, reader: DiskReader) -> None:
+        self._blobs = blobs
         self._reader = reader
 
     @property
@@ -77,15 +86,24 @@ class DiskSource:
 
     def start(self, key: ExpertKey, blob: Blob, load: Load) -> None:
         assert isinstance(load, ExpertLoad)
-        self._reader.submit(self._tensor_map.extents(key), self._tensor_map.layout(key), blob, load)
+        layout = self._blobs.layout(key)
+        check = _check(layout, blob)
+        self._reader.submit(self._blobs.extents(key), layout, blob, load, check)
 
     def ahead_read(self, key: ExpertKey, blob: Blob, load: Load) -> AheadRead:
         assert isinstance(load, ExpertLoad)
-        extents, layout = self._tensor_map.extents(key), self._tensor_map.layout(key)
-        return self._reader.ahead_read(extents, layout, blob, load)
+        layout = self._blobs.layout(key)
+        check = _check(layout, blob)
+        return self._reader.ahead_read(self._blobs.extents(key), layout, blob, load, check)
 
     def set_watch(self, watch: ReadWatch | None) -> None:
         self._reader.watch = watch
 
     def close(self) -> None:
         self._reader.close()
+
+
+def _check(layout: ExpertLayout, blob: Blob) -> Callable[[], None] | None:
+    """What looks at the numbers that were read into `blob`, where it holds quantised ones."""
+    compact = layout.compact
+    return None if compact is None else partial(compact.check, torch.from_numpy(blob))

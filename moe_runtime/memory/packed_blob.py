@@ -22,6 +22,17 @@ class BlockPlace:
     target_offset: int
     block: PackedBlock
 
+    def is_followed_by(self, other: "BlockPlace", num_rows: int) -> bool:
+        """Whether `other` goes on where this block of `num_rows` rows ends."""
+        block = self.block
+        return (
+            block.num_rows == num_rows >= other.block.num_rows
+            and (block.num_bytes, block.num_columns)
+            == (other.block.num_bytes, other.block.num_columns)
+            and other.offset == self.offset + block.num_bytes
+            and other.target_offset == self.target_offset + block.num_elements * ITEM_BYTES
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class BytePlace:
@@ -30,6 +41,11 @@ class BytePlace:
     offset: int
     target_offset: int
     num_bytes: int
+
+
+# Blocks `[P, bytes]`, the bf16 weights `[N, K]` that they hold, and how many rows each holds: some
+# kernel unpacks the ones to the others.
+Unpack = Callable[[torch.Tensor, torch.Tensor, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +107,31 @@ class PackedBlob:
                 ]
 
         return expand
+
+    def unpack(self, blob: torch.Tensor, plain: torch.Tensor, unpack: Unpack) -> None:
+        """Write the plain blob to `plain` with `unpack`, blocks of one run together."""
+        for run in self._runs():
+            first = run[0]
+            num_bytes, num_columns = first.block.num_bytes, first.block.num_columns
+            num_rows = sum(place.block.num_rows for place in run)
+            blocks = blob[first.offset : first.offset + len(run) * num_bytes].view(len(run), -1)
+            weights = plain[first.target_offset :][: num_rows * num_columns * ITEM_BYTES]
+            weights_NK = weights.view(torch.bfloat16).view(num_rows, num_columns)
+            unpack(blocks, weights_NK, first.block.num_rows)
+        for place in self.plain:
+            target = plain[place.target_offset :][: place.num_bytes]
+            target.copy_(blob[place.offset : place.offset + place.num_bytes])
+
+    def _runs(self) -> list[list[BlockPlace]]:
+        """Blocks that follow each other here and unpacked, all of as many rows but the last."""
+        runs: list[list[BlockPlace]] = []
+        for place in self.blocks:
+            last = runs[-1][-1] if runs else None
+            if last is not None and last.is_followed_by(place, runs[-1][0].block.num_rows):
+                runs[-1].append(place)
+            else:
+                runs.append([place])
+        return runs
 
     def _places_of(self, spec: ParameterSpec) -> list[BlockPlace | BytePlace]:
         """What `spec` is made of, in the order of its rows."""

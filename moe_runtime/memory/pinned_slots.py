@@ -1,7 +1,10 @@
 """Experts in host memory, from where the device copies them and the CPU computes them."""
 
+from collections.abc import Mapping
+
 import torch
 
+from moe_runtime.memory.compact_views import CompactViews
 from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.pinned_memory import PinnedMemory
@@ -10,14 +13,22 @@ from moe_runtime.memory.stream import Event, Streams
 
 
 class PinnedSlots:
-    """`num_slots` blobs of `slot_bytes` in one slab; knows which of them copies still read."""
+    """`num_slots` blobs of `slot_bytes` in one slab; knows which of them copies still read.
 
-    def __init__(self, num_slots: int, slot_bytes: int, streams: Streams) -> None:
+    Compact blobs are computed from as they are, or expanded into room of `room_bytes`.
+    """
+
+    def __init__(
+        self, num_slots: int, slot_bytes: int, streams: Streams, *, room_bytes: int = 0
+    ) -> None:
         self.num_slots = num_slots
         self.slot_bytes = slot_bytes
         self._memory = PinnedMemory(num_slots * slot_bytes, streams)
         self._copies: list[list[Event]] = [[] for _ in range(num_slots)]
-        self._views = SlotViews(self._memory.bytes.view(num_slots, slot_bytes))
+        slots = self._memory.bytes.view(num_slots, slot_bytes)
+        self._views = SlotViews(slots)
+        self._compact_views = CompactViews(slots, room_bytes)
+        self.max_views = self._compact_views.max_views  # experts whose views are valid together
 
     @property
     def refusal(self) -> str | None:
@@ -30,12 +41,18 @@ class PinnedSlots:
 
     def blob(self, slot: int) -> Blob:
         """What a read from disk fills, once the slot is free."""
+        self._compact_views.forget(slot)
         blob: Blob = self.bytes(slot).numpy()
         return blob
 
-    def views(self, slot: int, layout: ExpertLayout) -> dict[str, torch.Tensor]:
-        """The parameters in `slot`, by name; valid until the slot is reused."""
-        return self._views.get(slot, layout)
+    def views(self, slot: int, layout: ExpertLayout) -> Mapping[str, torch.Tensor]:
+        """The parameters in `slot`, by name; valid until the slot is reused.
+
+        Of more than `max_views` slots, the oldest views are overwritten.
+        """
+        if layout.compact is None:
+            return self._views.get(slot, layout)
+        return self._compact_views.get(slot, layout)
 
     def mark_copy(self, slot: int, copied: Event) -> None:
         """A copy that ends with `copied` reads the slot."""
@@ -60,4 +77,5 @@ class PinnedSlots:
     def close(self) -> None:
         """Free the memory; views die with it."""
         self._views.clear()
+        self._compact_views.close()
         self._memory.close()

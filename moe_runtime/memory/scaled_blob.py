@@ -101,13 +101,22 @@ class ScaledBlob:
     def expander(
         self, parameters: Sequence[ParameterSpec], blob: torch.Tensor, plain: torch.Tensor
     ) -> Callable[[], None]:
+        return self.dequantising(parameters, blob, plain, _dequantizer())
+
+    def dequantising(
+        self,
+        parameters: Sequence[ParameterSpec],
+        blob: torch.Tensor,
+        plain: torch.Tensor,
+        dequantizer: Dequantizer,
+    ) -> Callable[[], None]:
+        """`expander` by `dequantizer`, on the device of `blob` and `plain`."""
         stored = self.stored.views(blob)
         found = ExpertLayout(tuple(parameters), len(plain)).views(plain)
         tasks = [
             (weights_of(part, stored), _region(part, found[part.parameter])) for part in self.parts
         ]
         copies = [(found[name], stored[name]) for name in found if name in stored]
-        dequantizer = _dequantizer()
 
         def expand() -> None:
             for weights, region in tasks:

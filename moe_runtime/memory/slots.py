@@ -45,7 +45,12 @@ class HostSlots:
         self.num_slots = self.max_views = num_slots
         self.slot_bytes = slot_bytes
         self._memory = anonymous_memory(num_slots * slot_bytes)
-        self._views = SlotViews(torch.from_numpy(self._memory).view(num_slots, slot_bytes))
+        self._views = SlotViews(self.memory)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """All blobs: uint8 `[slots, slot bytes]`."""
+        return torch.from_numpy(self._memory).view(self.num_slots, self.slot_bytes)
 
     def blob(self, slot: int) -> Blob:
         return self._memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]

@@ -157,7 +157,16 @@ class TensorMap:
 
     def on_cache_lines(self) -> "TensorMap":
         """The same experts without phases: an accelerator's bits do not hang on addresses."""
-        return TensorMap([replace(layer, phases={}) for layer in self.layers])
+        return TensorMap(
+            [
+                replace(
+                    layer,
+                    phases={},
+                    scaled=None if layer.scaled is None else replace(layer.scaled, phases={}),
+                )
+                for layer in self.layers
+            ]
+        )
 
     @property
     def is_packed(self) -> bool:

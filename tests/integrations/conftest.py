@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk, each saved once."""
+"""What tests of integrations share: tiny checkpoints, each saved once, and fake tiers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fake_streams import FakeMachine
+from tests.fake_tiers import put_tiers_below
 from tests.tiny_models import tiny_model
 
 DTYPES = {"mixtral": torch.float32, "mixtral_bf16": torch.bfloat16, "gpt_oss": torch.float32}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    """Models on the CPU get the tiers of an accelerator, whose work runs as it is queued."""
+    return put_tiers_below(monkeypatch)
 
 
 @pytest.fixture(scope="session")

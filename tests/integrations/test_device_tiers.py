@@ -21,7 +21,7 @@ from moe_runtime.integrations.transformers.device_tiers import (
     plan_host_slots,
 )
 from tests.fake_streams import FakeMachine, FakeSource, FakeStreams
-from tests.fake_tiers import PLENTY_BYTES, put_tiers_below
+from tests.fake_tiers import PLENTY_BYTES
 from tests.tiered_world import TieredWorld, needs_interpreter
 from tests.tiny_models import SIZES, experts_modules, logits_of, prompt, tiny_model
 
@@ -31,12 +31,6 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 WORLD = TieredWorld(random.Random(0))
 SLOT_BYTES = WORLD.tensor_map.slot_bytes
 NUM_EXPERTS = WORLD.tensor_map.num_experts
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    """Models on the CPU get the tiers of an accelerator, whose work runs as it is queued."""
-    return put_tiers_below(monkeypatch)
 
 
 @pytest.fixture
@@ -149,6 +143,7 @@ def budget_of(num_slots: int) -> Budget:
         num_slots,
         SlotKind("unpacked", SLOT_BYTES),
         num_slots * SLOT_BYTES,
+        2,
         2 * SLOT_BYTES,
         NUM_EXPERTS * SLOT_BYTES,
         NUM_EXPERTS,

@@ -9,6 +9,9 @@ import torch
 
 import moe_runtime
 from moe_runtime.cache.lru import LRUPolicy
+from moe_runtime.kernels.dequant import TritonDequantizer
+from moe_runtime.kernels.launch import FP8_CAPABILITY, LEAST_CAPABILITY
+from moe_runtime.kernels.unpack import unpack_into
 from moe_runtime.memory.cuda_streams import CudaStreams
 from moe_runtime.memory.device_slots import DeviceSlots
 from moe_runtime.memory.pinned_memory import PinnedMemory
@@ -19,6 +22,8 @@ from moe_runtime.scheduling.prefetch import AheadPlan
 from moe_runtime.tiered_engine import TieredEngine
 from moe_runtime.tiered_layer import TieredLayers
 from tests.fake_streams import FakeMachine, FakeSource
+from tests.quantised_checkpoints import load_dequantised, save_fp8, save_mxfp4
+from tests.stored_experts import Form
 from tests.tiered_world import TieredWorld
 
 pytestmark = [
@@ -28,6 +33,8 @@ pytestmark = [
 
 # float32 sums of a dozen products in another order, without tensor cores.
 TOLERANCE = 1e-4
+# bf16 rounds h and the output of an expert, here of the order of 10, once each.
+BF16_TOLERANCE = 0.25
 
 
 @pytest.mark.parametrize("way", MissWay)
@@ -65,6 +72,63 @@ def test_schedules(way: MissWay, share: float) -> None:
                 found.cpu(), forward.expected_TD, atol=TOLERANCE, rtol=TOLERANCE
             )
         engine.close()
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4", "packed"])
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_schedules_of_stored_experts(form: Form, is_grouped: bool) -> None:
+    """Law: the same where slots hold experts quantised, or the link carries them packed."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    needed = FP8_CAPABILITY if form == "fp8" else LEAST_CAPABILITY
+    if torch.cuda.get_device_capability() < needed:
+        pytest.skip(f"{form} needs compute capability {needed}")
+    for seed in range(10):
+        # Packed weights are bf16: their products are compared with tensor cores' in mind.
+        dtype = torch.bfloat16 if form == "packed" else torch.float32
+        world = TieredWorld(random.Random(seed), dtype, form)
+        streams, most = CudaStreams(torch.device("cuda")), world.tensor_map.num_experts
+        engine = TieredEngine(
+            world.tensor_map,
+            streams,
+            FakeSource(FakeMachine(world.rng, is_eager=True), world.blobs),
+            world.device_slots(max(2, most // 2), streams, TritonDequantizer(), unpack_into),
+            world.host_slots(most, streams),
+            LRUPolicy(),
+            MissPlanner(MissWay.AUTO),
+            blobs=world.blob_map,
+            poison=True,
+        )
+        name = torch.cuda.get_device_name()
+        layers = TieredLayers(engine)
+        maths = world.grouped_maths(name) if is_grouped else world.torch_maths()
+        for _ in range(20):
+            forward = world.forward()
+            engine.prefetch([world.random_key()])
+            inputs = (forward.hidden_TD, forward.index_TK, forward.scores_TK)
+            found = layers.run(forward.layer, maths[forward.layer], *(t.cuda() for t in inputs))
+            error = TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
+            torch.testing.assert_close(found.cpu(), forward.expected_TD, atol=error, rtol=error)
+        engine.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*expert slots are fewer")
+@pytest.mark.parametrize("save", [save_fp8, save_mxfp4])
+@pytest.mark.parametrize(
+    ("miss", "exact"), [("auto", False), ("copy", False), ("cpu", False), ("copy", True)]
+)
+def test_greedy_tokens_of_stored_experts(
+    save: Callable[[Path], Path], miss: str, exact: bool, tmp_path: Path
+) -> None:
+    """Law: greedy tokens in float32 are those of transformers' dequantised model."""
+    folder, ids = save(tmp_path / "model"), torch.arange(1, 13, device="cuda").unsqueeze(0)
+    wanted = {"max_new_tokens": 12, "do_sample": False}
+    expected = load_dequantised(folder, torch.float32).cuda().generate(ids, **wanted)
+    model = moe_runtime.load(
+        folder, expert_memory="40%", miss=miss, exact=exact, dtype=torch.float32, warm_start=False
+    )
+    assert model.device.type == "cuda"
+    assert torch.equal(model.generate(ids, **wanted), expected)
+    moe_runtime.handle(model).close()
 
 
 def test_resident_layers_never_wait() -> None:

@@ -71,3 +71,34 @@ def in_slab(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     )
     assert view.data_ptr() % 64 == 0 or view.device.type == "cpu"
     return view
+
+
+@functools.cache
+def weights_in_parts(
+    weight_format: WeightFormat, S: int, rows: int, K: int
+) -> tuple[SlotWeights, torch.Tensor]:
+    """Two parts of so many rows each, scaled by themselves, and the same `[S, 2 * rows, K]`."""
+    weights, dense = random_weights(weight_format, 2 * S, rows, K, seed=4)
+    scales = weights.scales
+    parts = SlotWeights(
+        values=weights.values.unflatten(0, (S, 2)),
+        scales=None if scales is None else scales.unflatten(0, (S, 2)),
+        format=weights.format,
+        group=weights.group,
+    )
+    return parts, dense.view(S, 2 * rows, K)
+
+
+def apart(weights: SlotWeights, device: torch.device) -> SlotWeights:
+    """`moved`, with bytes that are NaN also between the two parts of a slot."""
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        parts = in_slab(tensor.flatten(0, 1), device)
+        return parts.unflatten(0, (-1, 2))
+
+    return SlotWeights(
+        values=place(weights.values),
+        scales=None if weights.scales is None else place(weights.scales),
+        format=weights.format,
+        group=weights.group,
+    )

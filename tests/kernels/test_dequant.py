@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from moe_runtime.kernels.dequant import dequantize
+from moe_runtime.kernels.dequant import TritonDequantizer, dequantize, dequantize_into
 from moe_runtime.kernels.launch import UnsupportedKernelError
+from moe_runtime.kernels.scaled_blocks import ScaledWeights, TorchDequantizer
 from moe_runtime.kernels.slot_weights import SlotWeights
-from tests.kernels.quantised import moved, random_weights
+from tests.kernels.quantised import apart, moved, random_weights, weights_in_parts
 
 pytestmark = pytest.mark.usefixtures("poison")
 # N and K: ragged against tiles of 32 x 128 and against squares of 128; odd where a format can be.
@@ -41,6 +42,42 @@ def test_every_format_equals_its_reference(
         rtol=1.01 * torch.finfo(dtype).eps,
         atol=0 if dtype != torch.float16 else 2.0**-24,
     )
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp8", "int4", "mxfp4"])
+def test_parts_that_lie_apart(weight_format: Any, device: torch.device) -> None:
+    """Law: the rows of the second follow those of the first, scaled by its own scales."""
+    weights, expected_SNK = weights_in_parts(
+        weight_format, 2, 33 if weight_format != "fp8" else 130, 160
+    )
+    dense_SNK = dequantize(apart(weights, device), torch.float32)
+    torch.testing.assert_close(dense_SNK.cpu().double(), expected_SNK, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "mxfp4"])
+def test_a_target_of_any_strides(weight_format: Any, device: torch.device) -> None:
+    """Law: a transposed part of a larger matrix is written, and nothing beside it."""
+    weights, _ = random_weights(weight_format, 1, 33, 160)
+    weights = moved(weights, device)
+    room = torch.full((1, 160, 50), 7.0, device=device)
+    dequantize_into(weights, room[..., 10:43].mT)
+    assert torch.equal(room[..., 10:43].mT, dequantize(weights, torch.float32))
+    assert (room[..., :10] == 7).all()
+    assert (room[..., 43:] == 7).all()
+
+
+@pytest.mark.parametrize("weight_format", ["fp8", "mxfp4"])
+def test_the_dequantizer_is_torchs_in_every_bit(weight_format: Any, device: torch.device) -> None:
+    """Law: of one weight, into a transposed view; float32, as the interpreter cuts bf16 off."""
+    slots, _ = random_weights(weight_format, 1, 130, 160)
+    assert slots.scales is not None
+    weights = ScaledWeights(
+        format=weight_format, values=slots.values[0].to(device), scales=slots.scales[0].to(device)
+    )
+    found, expected = (torch.empty(160, 130, device=device) for _ in range(2))
+    TritonDequantizer().run(weights, found.mT)
+    TorchDequantizer().run(weights, expected.mT)
+    assert torch.equal(found, expected)
 
 
 def test_every_code_of_mxfp4_and_every_power() -> None:
@@ -117,7 +154,7 @@ def test_plain_weights_and_other_outputs_are_refused(device: torch.device) -> No
     with pytest.raises(UnsupportedKernelError, match="use them as they are"):
         dequantize(moved(plain, device), torch.float32)
     weights, _ = random_weights("int8", 2, 8, 64)
-    with pytest.raises(UnsupportedKernelError, match=r"dtype is torch\.int8"):
+    with pytest.raises(UnsupportedKernelError, match=r"dense_SNK is torch\.int8"):
         dequantize(moved(weights, device), torch.int8)
 
 
@@ -132,6 +169,6 @@ def test_the_operator_is_sound(weight_format: Any, device: torch.device) -> None
             weights.scales.to(device),
             weight_format,
             weights.group,
-            torch.float16,
+            torch.empty(2, 4, 32, dtype=torch.float16, device=device),
         ),
     )

@@ -14,7 +14,7 @@ from moe_runtime.kernels.permute import sort_pairs
 from moe_runtime.kernels.reference import combine_reference, experts_reference
 from moe_runtime.kernels.slot_weights import SlotWeights
 from moe_runtime.kernels.tile_settings import TileSettings
-from tests.kernels.quantised import in_slab, moved, random_weights
+from tests.kernels.quantised import apart, in_slab, moved, random_weights, weights_in_parts
 
 pytestmark = pytest.mark.usefixtures("poison")
 ROWS = TileSettings(block_outputs=32, block_inputs=64, num_warps=4, num_stages=2, group_blocks=1)
@@ -203,6 +203,24 @@ def test_quantised_weights(
         settings=TileSettings(
             block_outputs=32, block_inputs=64, num_warps=4, num_stages=2, group_blocks=2
         ),
+    )
+
+
+@pytest.mark.parametrize("block_rows", [2, 16])
+@pytest.mark.parametrize("weight_format", ["plain", "int8", "fp8", "int4", "mxfp4"])
+def test_gate_and_up_that_lie_apart(
+    weight_format: Any, block_rows: int, device: torch.device
+) -> None:
+    """As checkpoints have them: each has scales of its own, also where 128 does not divide it."""
+    D, F = 64, 160 if weight_format == "fp8" else 32
+    check_layer(
+        device,
+        *weights_in_parts(weight_format, 2, F, D),
+        *random_weights(weight_format, 2, D, F, seed=2),
+        T=3,
+        slots=[1, 0, 1],
+        block_rows=block_rows,
+        place=lambda weights, to: (apart if weights.values.dim() == 4 else moved)(weights, to),
     )
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_runtime.kernels.launch import UnsupportedKernelError
 from moe_runtime.kernels.reference import pack_reference
-from moe_runtime.kernels.unpack import group_rows, row_bytes, unpack
+from moe_runtime.kernels.unpack import group_rows, row_bytes, unpack, unpack_into
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -56,6 +56,19 @@ def test_adversarial_weights_come_back(data: st.DataObject) -> None:
     comes_back(words.view(N, K).view(torch.bfloat16), data.draw(st.integers(1, 5)))
 
 
+def test_a_target_that_is_part_of_a_slot(device: torch.device) -> None:
+    """Law: weights go where they are wanted, and nowhere else."""
+    weights_NK = torch.randn(6, 130, generator=torch.Generator().manual_seed(0)).bfloat16()
+    slot = torch.zeros(8, 130, dtype=torch.bfloat16, device=device)
+    unpack_into(packed(weights_NK, 4).to(device), slot[1:7], 4)
+    assert torch.equal(slot[1:7].cpu(), weights_NK)
+    assert not slot[[0, 7]].any()
+    with pytest.raises(
+        UnsupportedKernelError, match=r"weights_NK has strides \(260, 1\): pass cont"
+    ):
+        unpack_into(packed(weights_NK, 4).to(device), slot.view(4, 260)[:, :130], 4)
+
+
 def test_what_is_malformed_is_refused(device: torch.device) -> None:
     blocks_PB = packed(torch.ones(4, 130).bfloat16(), 2).to(device)
     for blocks, N, K, rows_per_block, complaint in [
@@ -85,4 +98,5 @@ def test_a_damaged_index_reads_nothing_outside(device: torch.device) -> None:
 
 def test_the_operator_is_sound(device: torch.device) -> None:
     blocks_PB = packed(torch.randn(3, 20).bfloat16(), 2).to(device)
-    torch.library.opcheck(torch.ops.moe_runtime.unpack.default, (blocks_PB, 3, 20, 2))
+    weights_NK = torch.empty(3, 20, dtype=torch.bfloat16, device=device)
+    torch.library.opcheck(torch.ops.moe_runtime.unpack.default, (blocks_PB, weights_NK, 2))

@@ -30,13 +30,21 @@ EXPERT_DTYPES = ("auto", *QUANTISED_DTYPES)
 class SlotKind:
     """What a slot holds: an expert as it is elsewhere, or as `blobs` has it.
 
-    `room_bytes` are for one expanded expert beside them, where nothing computes from `blobs`.
+    `room_bytes` stand beside the slots: room for one expanded expert, where nothing computes from
+    `blobs`, or for packed ones on their way into slots of a device. `host` is what host slots
+    behind a device hold, where that is something else.
     """
 
     name: str  # "unpacked", "packed", a quantised dtype, or the formats of the files
     slot_bytes: int
     blobs: PackedMap | QuantisedMap | ScaledMap | None = None
     room_bytes: int = 0
+    host: "SlotKind | None" = None
+
+    @property
+    def behind(self) -> "SlotKind":
+        """What host slots behind these hold."""
+        return self if self.host is None else self.host
 
     def num_slots(self, budget_bytes: int) -> int:
         """Slots within so many bytes."""
@@ -51,13 +59,15 @@ class SlotKind:
 class Budget:
     """Slots for experts, and the figures they follow from.
 
-    `num_experts` are those of this process, and `expert_total_bytes` theirs as they compute, packed
-    or not; of quantised ones as they are stored, and of the room for one.
+    `floor_slots` are the fewest that run one token, and `floor_bytes` what they take. `num_experts`
+    are those of this process, and `expert_total_bytes` theirs as they compute, packed or not; of
+    quantised ones as they are stored. What stands beside the slots is counted.
     """
 
     num_slots: int
     kind: SlotKind
     budget_bytes: int
+    floor_slots: int
     floor_bytes: int
     expert_total_bytes: int
     num_experts: int
@@ -92,28 +102,19 @@ def floor_slots(sites: Sequence[ExpertSite]) -> int:
 def slot_kinds(
     tensor_map: TensorMap,
     wanted: str = "auto",
-    device: int | str = "cpu",
     *,
     expert_dtype: str = "auto",
     computes_compact: bool,
 ) -> list[SlotKind]:
-    """What slots may hold, the best first. Raises UnsupportedModelError.
+    """What slots in host memory may hold, the best first. Raises UnsupportedModelError.
 
     `wanted` is one of SLOT_KINDS and `expert_dtype` of EXPERT_DTYPES. `computes_compact`: whether
-    kernels compute from packed and quantised rows, in all layers. Both are in host memory alone.
+    kernels compute from packed and quantised rows, in all layers. Packed experts then stay packed:
+    more of them fit, and fewer bytes are faster. Elsewhere they are unpacked into slots unless only
+    packed ones fit: unpacking at each use costs as much time as the additional hits save.
     """
-    for name, value, choices in (
-        ("expert_slots", wanted, SLOT_KINDS),
-        ("expert_dtype", expert_dtype, EXPERT_DTYPES),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
+    check_wanted(wanted, expert_dtype)
     scaled = ScaledMap.of(tensor_map)
-    if scaled is not None and device != "cpu":
-        raise UnsupportedModelError(
-            f"quantised experts ({', '.join(tensor_map.formats())}) run on the CPU alone so far; "
-            "load the model there, or use its bfloat16 checkpoint"
-        )
     if scaled is not None and wanted != "packed" and expert_dtype == "auto":
         name = "+".join(tensor_map.formats())
         room_bytes = 0 if computes_compact else scaled.computed_bytes
@@ -125,28 +126,32 @@ def slot_kinds(
                 f"expert_dtype={expert_dtype!r} says what slots hold, and so does "
                 f"expert_slots={wanted!r}; leave out one of them"
             )
-        if device != "cpu":
-            raise UnsupportedModelError(
-                f"expert_dtype={expert_dtype!r} is for slots in host memory, and the experts are "
-                f"on device {device}; leave it out, or compute on the CPU"
-            )
         quantised = QuantisedMap(tensor_map, cast(QuantisedDtype, expert_dtype))
         return [SlotKind(expert_dtype, quantised.slot_bytes, quantised, room_bytes)]
     plain = SlotKind("unpacked", tensor_map.slot_bytes)
-    may_keep = wanted != "unpacked" and device == "cpu"
-    packed = PackedMap.of(tensor_map) if may_keep else None
+    packed = PackedMap.of(tensor_map) if wanted != "unpacked" else None
     if packed is None:
         if wanted == "packed":
             raise UnsupportedModelError(
                 "expert_slots='packed' needs experts that are packed and computed as they are "
-                "stored; pack the model (moe-runtime pack) and load it in bfloat16 on the CPU, or "
-                "leave expert_slots out"
+                "stored; pack the model (moe-runtime pack) and load it in bfloat16, or leave "
+                "expert_slots out"
             )
         return [plain]
     kept = SlotKind("packed", packed.slot_bytes, packed, room_bytes)
     if wanted == "packed":
         return [kept]
     return [kept, plain] if computes_compact else [plain, kept]
+
+
+def check_wanted(wanted: str, expert_dtype: str) -> None:
+    """Raise ValueError, with what there is, for settings of load() that mean nothing."""
+    for name, value, choices in (
+        ("expert_slots", wanted, SLOT_KINDS),
+        ("expert_dtype", expert_dtype, EXPERT_DTYPES),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
 
 
 def smallest_bytes(kinds: Sequence[SlotKind], sites: Sequence[ExpertSite]) -> int:
@@ -158,36 +163,24 @@ def plan_budget(
     expert_memory: ExpertMemory,
     tensor_map: TensorMap,
     sites: Sequence[ExpertSite],
+    kinds: Sequence[SlotKind],
     *,
     dense_bytes: int,
     available_bytes: int,
     max_memory: Mapping[int | str, int | str] | None = None,
     device: int | str = "cpu",
-    expert_slots: str = "auto",
-    expert_dtype: str = "auto",
-    computes_compact: bool = False,
     num_held: int | None = None,
 ) -> Budget:
     """Slots within `expert_memory`, and within `max_memory[device]` once dense weights are paid.
 
     `available_bytes` is what is free before the dense weights load. Raises BudgetError, saying the
     floor, when too little is left for the experts of one token, and when the budget exceeds what
-    is free. `num_held` are the experts that this process computes, if not all. Under 'auto',
-    packed experts stay packed where a kernel computes from them: more of
-    them fit, and fewer bytes are faster. Elsewhere they are unpacked into slots unless only packed
-    ones fit: unpacking at each use costs as much time as the additional hits save.
+    is free. Slots are of the first of `kinds` that makes enough of them. `num_held` are the experts
+    that this process computes, if not all.
     """
-    kinds = slot_kinds(
-        tensor_map,
-        expert_slots,
-        device,
-        expert_dtype=expert_dtype,
-        computes_compact=computes_compact,
-    )
     num_experts = tensor_map.num_experts if num_held is None else num_held
-    total_bytes = num_experts * tensor_map.slot_bytes
-    if isinstance(kinds[0].blobs, ScaledMap):  # '100%' means all of them
-        total_bytes += kinds[0].room_bytes
+    # '100%' means all of them, and what stands beside.
+    total_bytes = max(num_experts * tensor_map.slot_bytes, kinds[0].bytes_of(num_experts))
     free = available_bytes - dense_bytes - _reserve_bytes(available_bytes)
     budget_bytes = expert_memory.resolve(expert_total_bytes=total_bytes, available_bytes=free)
     floor = min(floor_slots(sites), num_experts)
@@ -225,7 +218,7 @@ def plan_budget(
             "would let the cache hit",
             stacklevel=3,
         )
-    return Budget(num_slots, kind, budget_bytes, floor_bytes, total_bytes, num_experts)
+    return Budget(num_slots, kind, budget_bytes, floor, floor_bytes, total_bytes, num_experts)
 
 
 def dense_room_bytes(

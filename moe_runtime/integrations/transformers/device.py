@@ -44,3 +44,8 @@ def single_device(device_map: Any) -> torch.device:
     if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def has_tiers(device: torch.device) -> bool:
+    """Whether experts travel to `device` through tiers of memory: they do but on the CPU."""
+    return device.type != "cpu"

@@ -7,9 +7,14 @@ from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import BudgetError, DeviceMemoryError
 from moe_runtime.expert_memory import ExpertMemory, format_bytes
 from moe_runtime.integrations.transformers.budget import Budget
+from moe_runtime.integrations.transformers.device_kernels import find_dequantizer, find_unpack
+from moe_runtime.memory.device_room import DeviceRoom
 from moe_runtime.memory.device_slots import DeviceSlots
 from moe_runtime.memory.expert_source import ExpertSource
+from moe_runtime.memory.packed_landing import PackedLanding
+from moe_runtime.memory.packed_map import PackedMap
 from moe_runtime.memory.pinned_slots import PinnedSlots
+from moe_runtime.memory.scaled_map import ScaledMap
 from moe_runtime.memory.stream import Streams
 from moe_runtime.memory.tensor_map import TensorMap
 from moe_runtime.scheduling.miss_plan import MissWay
@@ -72,24 +77,35 @@ def build_tiers(
     Raises BudgetError when the device or the host lacks the memory.
     """
     num_host_slots = plan_host_slots(tiers.host_memory, tensor_map, budget, available_host_bytes)
-    device_slots = _device_slots(budget, streams, may_shrink=tiers.may_shrink)
+    device_slots = _device_slots(tensor_map, budget, streams, may_shrink=tiers.may_shrink)
+    host = budget.kind.behind
+    host_bytes = format_bytes(num_host_slots * host.slot_bytes)
     try:
-        host_slots = PinnedSlots(num_host_slots, budget.slot_bytes, streams)
+        host_slots = PinnedSlots(
+            num_host_slots, host.slot_bytes, streams, room_bytes=host.room_bytes
+        )
     except (OSError, MemoryError) as error:
         raise BudgetError(
-            f"{format_bytes(num_host_slots * budget.slot_bytes)} of host memory for experts could "
-            f"not be mapped ({error}); set a smaller host_memory"
+            f"{host_bytes} of host memory for experts could not be mapped ({error}); set a smaller "
+            "host_memory"
         ) from error
     if host_slots.refusal is not None:
         warnings.warn(
-            f"host memory for experts ({format_bytes(num_host_slots * budget.slot_bytes)}) could "
-            f"not be pinned ({host_slots.refusal}): copies to {streams.device} go through the "
-            "driver's own buffer, at a fraction of the link's rate, and the host waits for each; "
-            "raise ulimit -l, or set a smaller host_memory",
+            f"host memory for experts ({host_bytes}) could not be pinned "
+            f"({host_slots.refusal}): copies to {streams.device} go through the driver's own "
+            "buffer, at a fraction of the link's rate, and the host waits for each; raise ulimit "
+            "-l, or set a smaller host_memory",
             stacklevel=4,
         )
     engine = TieredEngine(
-        tensor_map, streams, source, device_slots, host_slots, policy, MissPlanner(tiers.miss)
+        tensor_map,
+        streams,
+        source,
+        device_slots,
+        host_slots,
+        policy,
+        MissPlanner(tiers.miss),
+        blobs=host.blobs,
     )
     budget = replace(budget, num_slots=device_slots.num_slots)
     if budget.holds_all:
@@ -105,54 +121,75 @@ def plan_host_slots(
     Fewer where the device holds every expert. Raises BudgetError below the experts of one token in
     one layer, and above what is free.
     """
-    slot_bytes, num_experts = budget.slot_bytes, tensor_map.num_experts
+    kind, num_experts = budget.kind.behind, tensor_map.num_experts
+    floor_bytes = kind.bytes_of(budget.floor_slots)
     reserve = max(_HOST_RESERVE_BYTES, int(_HOST_RESERVE_SHARE * available_bytes))
     wanted = host_memory.resolve(
-        expert_total_bytes=num_experts * slot_bytes, available_bytes=available_bytes - reserve
+        expert_total_bytes=kind.bytes_of(num_experts), available_bytes=available_bytes - reserve
     )
-    if wanted < budget.floor_bytes:
+    if wanted < floor_bytes:
         raise BudgetError(
             f"{format_bytes(max(wanted, 0))} of host memory for experts is below the floor of "
-            f"{format_bytes(budget.floor_bytes)}, what one token uses in one layer; set "
-            f"host_memory={budget.floor_bytes} or more"
+            f"{format_bytes(floor_bytes)}, what one token uses in one layer; set "
+            f"host_memory={floor_bytes} or more"
         )
     if wanted > available_bytes:
         raise BudgetError(
             f"{format_bytes(wanted)} of host memory for experts do not fit in the "
             f"{format_bytes(available_bytes)} that are free; set "
-            f"host_memory={max(available_bytes - reserve, budget.floor_bytes)} or less, or 'auto'"
+            f"host_memory={max(available_bytes - reserve, floor_bytes)} or less, or 'auto'"
         )
-    num_slots = min(wanted // slot_bytes, num_experts)
+    num_slots = min(kind.num_slots(wanted), num_experts)
     if host_memory == ExpertMemory() and budget.holds_all:
-        num_slots = min(num_slots, max(_PASSING_SLOTS, budget.floor_bytes // slot_bytes))
+        num_slots = min(num_slots, max(_PASSING_SLOTS, budget.floor_slots))
     return num_slots
 
 
-def _device_slots(budget: Budget, streams: Streams, *, may_shrink: bool) -> DeviceSlots:
-    floor_slots = budget.floor_bytes // budget.slot_bytes
-    num_slots = budget.num_slots
+def _device_slots(
+    tensor_map: TensorMap, budget: Budget, streams: Streams, *, may_shrink: bool
+) -> DeviceSlots:
+    kind, num_slots = budget.kind, budget.num_slots
     while True:
         try:
-            return DeviceSlots(num_slots, budget.slot_bytes, streams)
+            return _allocate(tensor_map, budget, num_slots, streams)
         except DeviceMemoryError as error:
-            fitting = (error.free_bytes - _DEVICE_RESERVE_BYTES) // budget.slot_bytes
-            if not may_shrink or min(fitting, num_slots - 1) < floor_slots:
+            fitting = (error.free_bytes - _DEVICE_RESERVE_BYTES) // kind.slot_bytes
+            if not may_shrink or min(fitting, num_slots - 1) < budget.floor_slots:
                 raise BudgetError(
                     f"{num_slots} expert slots take {format_bytes(error.asked_bytes)} on "
                     f"{streams.device} and {format_bytes(error.free_bytes)} are free, which "
-                    f"{_fits(fitting, floor_slots, budget.slot_bytes)}"
+                    f"{_fits(fitting, budget)}"
                 ) from error
             # Memory in pieces: what is free in sum may not be free in one run.
-            num_slots = max(floor_slots, min(fitting, int(0.95 * num_slots)))
+            num_slots = max(budget.floor_slots, min(fitting, int(0.95 * num_slots)))
 
 
-def _fits(num_slots: int, floor_slots: int, slot_bytes: int) -> str:
-    if num_slots < floor_slots:
+def _allocate(
+    tensor_map: TensorMap, budget: Budget, num_slots: int, streams: Streams
+) -> DeviceSlots:
+    """The slots, behind what stands beside them. Raises DeviceMemoryError."""
+    kind, blobs = budget.kind, budget.kind.behind.blobs
+    room = landing = None
+    if isinstance(blobs, PackedMap):
+        unpack = find_unpack(streams.device)
+        assert unpack is not None, "packed experts, and nothing unpacks them"
+        landing = PackedLanding(blobs.slot_bytes, streams, unpack)
+    elif isinstance(blobs, ScaledMap):
+        dequantizer = find_dequantizer(tensor_map.formats(), streams.device)
+        room = DeviceRoom(blobs.computed_bytes, streams, dequantizer)
+        if kind.room_bytes:  # else only restore() needs it
+            room.reserve()
+    return DeviceSlots(num_slots, kind.slot_bytes, streams, room=room, landing=landing)
+
+
+def _fits(num_slots: int, budget: Budget) -> str:
+    if num_slots < budget.floor_slots:
         return (
-            f"is too little for the {floor_slots} experts that one token uses in one layer "
-            f"({format_bytes(floor_slots * slot_bytes)}); end other programs there, or use the CPU"
+            f"is too little for the {budget.floor_slots} experts that one token uses in one layer "
+            f"({format_bytes(budget.kind.bytes_of(budget.floor_slots))}); end other programs "
+            "there, or use the CPU"
         )
     return (
-        f"has room for {num_slots} beside activations; set expert_memory={num_slots * slot_bytes} "
-        "or less, or 'auto'"
+        f"has room for {num_slots} beside activations; set "
+        f"expert_memory={budget.kind.bytes_of(num_slots)} or less, or 'auto'"
     )

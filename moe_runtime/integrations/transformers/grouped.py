@@ -11,8 +11,11 @@ from torch.nn import functional
 from moe_runtime.grouped_experts import GroupedExperts
 from moe_runtime.integrations.transformers.fast import clamped_gate, gate_trials, is_same
 from moe_runtime.kernels.gate import Gate
-from moe_runtime.kernels.launch import FLOATS, LEAST_CAPABILITY
+from moe_runtime.kernels.launch import FLOATS, FP8_CAPABILITY, LEAST_CAPABILITY
 from moe_runtime.layer import ExpertMath
+from moe_runtime.memory.tensor_map import LayerExperts
+from moe_runtime.stored_weights import stored_weights
+from moe_runtime.tiered_math import GroupedKernel
 
 TorchGate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -43,6 +46,20 @@ def grouped_experts(
         ffn_dim=ffn,
         gpu_name=gpu_name,
     )
+
+
+def reading_stored(
+    grouped: GroupedKernel, layer: LayerExperts, device: torch.device
+) -> GroupedExperts | str:
+    """`grouped` for slots of quantised experts, or why it cannot read them there."""
+    assert isinstance(grouped, GroupedExperts)
+    assert layer.scaled is not None
+    if device.type == "cuda" and any(part.format == "fp8" for part in layer.scaled.parts):
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            return f"fp8 on compute capability {capability[0]}.{capability[1]}"
+    found = stored_weights(grouped.math, layer)
+    return found if isinstance(found, str) else replace(grouped, stored=found)
 
 
 def find_gate(module: nn.Module, math: ExpertMath) -> Gate | None:

@@ -35,6 +35,7 @@ from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import ExpertMath, LayerMath
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.memory.mapped_tensor import MappedTensor
+from moe_runtime.memory.packed_map import PackedMap
 from moe_runtime.memory.quantised_map import QuantisedMap
 from moe_runtime.parallel.expert_parallel import ExpertParallel
 from moe_runtime.parallel.migrate import Stored
@@ -239,9 +240,9 @@ class Handle:
                 "holds_all_experts": self.settings.holds_all_experts,
                 "packed_on_disk": self.settings.packed_on_disk,
                 "quantisation": self.settings.quantisation,
-                "dequant": dequant_status() if self.settings.quantisation else None,
+                "dequant": self._dequant_path() if self.settings.quantisation else None,
                 "expert_slots": self.budget.kind.name,
-                "unpack": unpack_status() if self.settings.packed_on_disk else None,
+                "unpack": self._unpack_path() if self.settings.packed_on_disk else None,
                 "experts": self._expert_paths(),
             },
             "plan": self.plan,
@@ -269,7 +270,8 @@ class Handle:
         if isinstance(self.engine, TieredEngine):
             slots = self.engine.host_slots
             sort = "pinned" if slots.refusal is None else "pageable"
-            host = f"{slots.num_slots} in {sort} host memory, "
+            behind = "packed " if self._is_unpacked_on_arrival else ""
+            host = f"{slots.num_slots} {behind}in {sort} host memory, "
         reads = "direct reads" if self.settings.direct_reads else "reads through the page cache"
         packed = "packed " if self.settings.packed_on_disk else ""
         stored = f", {self.settings.quantisation}" if self.settings.quantisation else ""
@@ -349,6 +351,22 @@ class Handle:
         if self._spill_folder is not None and not self.engine.is_closed:
             self.restore()
         self.close()
+
+    @property
+    def _is_unpacked_on_arrival(self) -> bool:
+        """Whether experts travel packed to the device that computes them."""
+        return isinstance(self.budget.kind.behind.blobs, PackedMap) and self._tiers is not None
+
+    def _unpack_path(self) -> str:
+        """What unpacks, as reports name it."""
+        return "triton, on arrival" if self._is_unpacked_on_arrival else unpack_status()
+
+    def _dequant_path(self) -> str:
+        """What dequantises, as reports name it."""
+        if self._tiers is None:
+            return dequant_status()
+        one_by_one = "on the device, one expert at a time"
+        return one_by_one if self.budget.kind.room_bytes else "triton, in its products"
 
     def _expert_paths(self) -> str:
         """Which code computes experts: ours, or the family's own forward."""

@@ -180,14 +180,13 @@ def build_engine(
             else CompactSlots(budget.num_slots, budget.slot_bytes, budget.kind.room_bytes)
         )
         return ExpertEngine(tensor_map, slots, policy, reader, blobs=blobs), budget
-    aligned = tensor_map.on_cache_lines()
     return build_tiers(
-        aligned,
+        tensor_map,
         budget,
         tiers,
         policy,
         CudaStreams(device),
-        DiskSource(aligned, reader),
+        DiskSource(budget.kind.behind.blobs or tensor_map, reader),
         available_host_bytes=available_memory_bytes(),
     )
 

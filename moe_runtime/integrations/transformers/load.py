@@ -20,9 +20,12 @@ from moe_runtime.integrations.transformers.budget import (
     dense_room_bytes,
     device_available_bytes,
     plan_budget,
+    slot_kinds,
 )
 from moe_runtime.integrations.transformers.choice import choose_maths, computes_compact
-from moe_runtime.integrations.transformers.device import single_device
+from moe_runtime.integrations.transformers.device import has_tiers, single_device
+from moe_runtime.integrations.transformers.device_kernels import find_unpack
+from moe_runtime.integrations.transformers.device_kinds import device_slot_kinds
 from moe_runtime.integrations.transformers.device_tiers import TierSettings
 from moe_runtime.integrations.transformers.foresee import (
     Origin,
@@ -38,6 +41,7 @@ from moe_runtime.integrations.transformers.resolve import ARGUMENTS, resolve_mod
 from moe_runtime.integrations.transformers.sites import ExpertSite
 from moe_runtime.integrations.transformers.stepping import step_layers
 from moe_runtime.integrations.transformers.survey import causal_class, loading_class, survey
+from moe_runtime.integrations.transformers.tiered_maths import as_stored
 from moe_runtime.integrations.transformers.window_plan import parse_dense_memory, plan_window
 from moe_runtime.layer import LayerMath
 from moe_runtime.memory.checkpoint import Checkpoint
@@ -95,12 +99,15 @@ def load(
     bytes) or bytes. `policy` is 'lru', 'lfu', 'plec', or a policy of moe_runtime.cache. Reads
     bypass the page cache unless `page_cache`. Experts that `moe-runtime pack` has packed may stay
     so in memory, where a third more of them fit, and be computed from as they are: `expert_slots`
-    is 'packed', 'unpacked', or 'auto', which is 'packed' where a kernel does that. `expert_dtype`
-    'int8' or 'int4' rounds bfloat16 experts when they are read, so that twice or 3.5 times as many
-    fit in memory: a lossy choice, which is never made for you, and refused with `exact`.
-    Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory. In bfloat16 a kernel computes
-    from them as they are; with `exact`, in other dtypes and for many tokens one at a time is
-    dequantised when it is used. Other fp8 weights take the model's dtype while loading.
+    is 'packed', 'unpacked', or 'auto', which is 'packed' where a kernel does that; on a GPU it says
+    how they lie in host memory, from where they travel packed and are unpacked on arrival.
+    `expert_dtype` 'int8' or 'int4' rounds bfloat16 experts when they are read, so that twice or 3.5
+    times as many fit in memory: a lossy choice, which is never made for you, and refused with
+    `exact`.
+    Experts that a checkpoint holds in fp8 or mxfp4 stay so in memory, on a GPU too. A kernel
+    computes from them as they are, on the CPU in bfloat16; with `exact`, in other dtypes and for
+    many tokens one at a time is dequantised when it is used. Other fp8 weights take the model's
+    dtype while loading.
     `exact` computes as the unmodified model does with `experts_implementation="eager"`, bit for bit
     on CPU, on several ranks too (with alltoall, or speculative and attention data). Otherwise a
     kernel computes experts where there is one, with fewer roundings; `linears`
@@ -325,12 +332,11 @@ class _Plan:
     def take_experts(self, model: PreTrainedModel, load_config: Any) -> "dict[str, _LazyTensor]":
         """Remove experts from `model`; returns the dense tensors left to load."""
         found = survey(model, load_config, self._checkpoint)
-        accelerated = self._device.type != "cpu"
+        accelerated = has_tiers(self._device)
         layers = found.tensor_map.layers
         maths = choose_maths(
             found.sites, found.dtypes, self._device, exact=self._exact, layers=layers
         )
-        compact = computes_compact(maths, layers)
         if self._expert_dtype != "auto":
             _refuse_columns(found.sites, self._expert_dtype)
         parallel, num_neighbours = None, 1
@@ -339,10 +345,24 @@ class _Plan:
             settings = {"slots": self._expert_slots, "expert dtype": self._expert_dtype}
             parallel = self._ranks.share(found, self._checkpoint.folder, settings)
             num_neighbours = self._ranks.world.num_neighbours
-        tensor_map = found.tensor_map
-        if not accelerated:
+        tensor_map, wanted = found.tensor_map, self._expert_slots
+        if accelerated:
+            tensor_map = tensor_map.on_cache_lines()
+            maths = as_stored(maths, tensor_map, self._device)
+            kinds = device_slot_kinds(
+                tensor_map,
+                maths,
+                wanted,
+                expert_dtype=self._expert_dtype,
+                can_unpack=find_unpack(self._device) is not None,
+            )
+        else:
+            compact = computes_compact(maths, layers)
             # The kernel's bits know no addresses.
             tensor_map = tensor_map.beside_blocks(only_scaled=not compact)
+            kinds = slot_kinds(
+                tensor_map, wanted, expert_dtype=self._expert_dtype, computes_compact=compact
+            )
         available_bytes = device_available_bytes(self._device) // num_neighbours
         dense_bytes = found.dense_bytes - (0 if accelerated else found.lookup_bytes)
         dense_names = found.dense_names
@@ -362,13 +382,11 @@ class _Plan:
             self._memory,
             tensor_map,
             found.sites,
+            kinds,
             dense_bytes=dense_bytes,
             available_bytes=available_bytes,
             max_memory=self._max_memory,
             device=(self._device.index or 0) if accelerated else "cpu",
-            expert_slots=self._expert_slots,
-            expert_dtype=self._expert_dtype,
-            computes_compact=compact,
             num_held=None if parallel is None else parallel.plan.num_held,
         )
         for site in found.sites:

@@ -11,8 +11,13 @@ from torch import nn
 from moe_runtime.cache.policy import EvictionPolicy
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
-from moe_runtime.integrations.transformers.budget import device_available_bytes, plan_budget
+from moe_runtime.integrations.transformers.budget import (
+    device_available_bytes,
+    plan_budget,
+    slot_kinds,
+)
 from moe_runtime.integrations.transformers.choice import choose_maths
+from moe_runtime.integrations.transformers.device import has_tiers
 from moe_runtime.integrations.transformers.device_tiers import TierSettings
 from moe_runtime.integrations.transformers.handle import Handle, refuse_twice
 from moe_runtime.integrations.transformers.install import (
@@ -99,10 +104,13 @@ def _offload_to(
     dtypes = {name: module.get_parameter(name).dtype for name in places}
     phases = {name: module.get_parameter(name).data_ptr() % ALIGNMENT_BYTES for name in places}
     tensor_map = build_tensor_map(sites, places, dtypes, phases)
+    if has_tiers(device):
+        tensor_map = tensor_map.on_cache_lines()
     budget = plan_budget(
         memory,
         tensor_map,
         sites,
+        slot_kinds(tensor_map, computes_compact=False),
         dense_bytes=0,  # already in memory
         available_bytes=device_available_bytes(device) + tensor_map.total_bytes,
     )

@@ -1,7 +1,7 @@
 """Chooses what computes each experts module whose experts travel to an accelerator."""
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,11 +10,12 @@ from torch import nn
 from moe_runtime.integrations.transformers.fast import fast_math
 from moe_runtime.integrations.transformers.proof import prove_math
 from moe_runtime.integrations.transformers.sites import ExpertSite
-from moe_runtime.layer import ExpertMath
+from moe_runtime.layer import ExpertMath, LayerMath
+from moe_runtime.memory.tensor_map import LayerExperts, TensorMap
 from moe_runtime.tiered_math import GroupedKernel, TieredMath
 
 if importlib.util.find_spec("triton") is not None:
-    from moe_runtime.integrations.transformers.grouped import grouped_experts
+    from moe_runtime.integrations.transformers.grouped import grouped_experts, reading_stored
 
 
 def choose_tiered_maths(
@@ -60,6 +61,29 @@ def tiered_math(
     if isinstance(grouped, str):
         return TieredMath(replace(math, reason=grouped), None, host)
     return TieredMath(math, grouped, host)
+
+
+def as_stored(
+    maths: Sequence[LayerMath | TieredMath | None], tensor_map: TensorMap, device: torch.device
+) -> list[LayerMath | TieredMath | None]:
+    """`maths` for slots that hold experts as their files do.
+
+    Where the grouped products cannot read them there, torch computes from dequantised ones.
+    """
+    layers = zip(maths, tensor_map.layers, strict=True)
+    return [
+        _as_stored(math, layer, device) if isinstance(math, TieredMath) else math
+        for math, layer in layers
+    ]
+
+
+def _as_stored(math: TieredMath, layer: LayerExperts, device: torch.device) -> TieredMath:
+    if math.grouped is None or layer.scaled is None:
+        return math
+    grouped = reading_stored(math.grouped, layer, device)
+    if isinstance(grouped, str):
+        return TieredMath(replace(math.torch_math, reason=grouped), None, math.host)
+    return replace(math, grouped=grouped)
 
 
 def find_grouped(
