@@ -25,7 +25,7 @@ from moe_runtime.predictors.reuse_history import (
 from moe_runtime.trace_fields import Array
 
 _HIDDEN = 128
-_STEPS = 1_200
+_STEPS = 3_600
 _BATCH = 256
 _TOKENS_A_STEP = 2  # that each place moves on, in the mean: neighbours say nearly the same
 _LEARNING_RATE = 3e-3
