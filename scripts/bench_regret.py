@@ -167,9 +167,10 @@ def show_table(arguments: argparse.Namespace) -> None:
     for one in read(arguments.results):
         groups[one["cell"]].append(one)
     print(
-        "| cell | worst, swept | defaults | chosen | best | regret | rounds | chosen plan | best |"
+        "| cell | worst, swept | defaults | chosen | best | regret | in pairs | rounds "
+        "| chosen plan | best |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     regrets = []
     for name, runs in groups.items():
         medians = defaultdict(list)
@@ -184,13 +185,19 @@ def show_table(arguments: argparse.Namespace) -> None:
         rates = {settings: statistics.median(values) for settings, values in medians.items()}
         best = max(rates, key=lambda settings: rates[settings])
         regret = rates[best] / rates[key(chosen)] - 1
+        # The host's pace changes between rounds, less within one.
+        own = medians[key(chosen)]
+        paired = max(
+            statistics.median(one / other for one, other in zip(rival, own, strict=True))
+            for rival in medians.values()
+        )
         counts = rates[best] / min(swept) >= LEAST_SPREAD
         if counts:
             regrets.append(regret)
         print(
             f"| {name} | {min(swept):.4g} | {rates[key(DEFAULTS)]:.4g} | {rates[key(chosen)]:.4g} "
             f"| {rates[best]:.4g} | {regret:.1%}{'' if counts else ', not counted'} | "
-            f"{min(map(len, medians.values()))} | {short(chosen)} | {short(json.loads(best))} |"
+            f"{paired - 1:.1%} | {len(own)} | {short(chosen)} | {short(json.loads(best))} |"
         )
     if regrets:
         within = sum(regret <= 0.05 for regret in regrets) / len(regrets)

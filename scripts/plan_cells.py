@@ -68,13 +68,16 @@ class Cell:
         return f"{self.model} {self.residency}% batch {self.batch} prompt {self.prompt_tokens}"
 
 
-def cells(model: str | None, residency: int | None, batch: int | None) -> Iterator[Cell]:
+def cells(model: str | None, residency: int | None, batch: int | None) -> list[Cell]:
+    """Those that are asked for; the cheapest first, so that most are done when time is over."""
+    found = []
     for entry, share, sequences, prompt in product(
         PLAN["models"], PLAN["residency"], PLAN["batch"], PLAN["prompt_tokens"]
     ):
         asked = ((model, entry["name"]), (residency, share), (batch, sequences))
         if all(wanted in (None, found) for wanted, found in asked):
-            yield Cell(entry["name"], share, sequences, prompt)
+            found.append(Cell(entry["name"], share, sequences, prompt))
+    return sorted(found, key=lambda cell: cell.batch * cell.prompt_tokens)
 
 
 def folder_of(model: str, work: Path) -> Path:

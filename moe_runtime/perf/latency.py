@@ -20,7 +20,7 @@ MOST_KERNEL_ROWS = 8
 LRU, LFU, PLEC = "lru", "lfu", "plec"
 PLEC_SECONDS = 1.5e-3  # its own time a token
 # Reading ahead by the model's own routers: their recall a layer ahead; the share of what lanes
-# allow that an oracle gained on two cores, 3 to 5 % where a simulation finds 25 %, as threads that
+# allow that an oracle gained on two cores, 3 to 5 % where they allow 25 %, as threads that
 # compute in lockstep wait for the one beside a reader; and predicting itself, a layer and forward
 # (docs/benchmarks/prefetch_2-core-epyc_2026-11-23.md).
 LOOKAHEAD_RECALL = 0.8
