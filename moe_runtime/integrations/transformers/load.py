@@ -386,7 +386,7 @@ class _Plan:
             dense_bytes=dense_bytes,
             available_bytes=available_bytes,
             max_memory=self._max_memory,
-            device=(self._device.index or 0) if accelerated else "cpu",
+            device="cpu" if self._device.type == "cpu" else self._device.index or 0,
             num_held=None if parallel is None else parallel.plan.num_held,
         )
         for site in found.sites:
