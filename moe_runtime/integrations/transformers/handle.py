@@ -3,7 +3,7 @@
 import shutil
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ from moe_runtime.integrations.transformers.guards import (
     refuse_new_weights,
 )
 from moe_runtime.integrations.transformers.layer_window import LayerWindow
-from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites
+from moe_runtime.integrations.transformers.sites import ExpertSite, find_sites, set_parameters
 from moe_runtime.kernels.cpu.dequant_status import dequant_status
 from moe_runtime.kernels.cpu.unpack_status import unpack_status
 from moe_runtime.layer import ExpertMath, LayerMath
@@ -234,12 +234,7 @@ class Handle:
                 "mapped_bytes": self._mapped_bytes,
             },
             "settings": {
-                "dtype": self.settings.dtype,
-                "device": self.settings.device,
-                "direct_reads": self.settings.direct_reads,
-                "holds_all_experts": self.settings.holds_all_experts,
-                "packed_on_disk": self.settings.packed_on_disk,
-                "quantisation": self.settings.quantisation,
+                **{name: v for name, v in asdict(self.settings).items() if name != "policy"},
                 "dequant": self._dequant_path() if self.settings.quantisation else None,
                 "expert_slots": self.budget.kind.name,
                 "unpack": self._unpack_path() if self.settings.packed_on_disk else None,
@@ -318,7 +313,7 @@ class Handle:
             self._window.restore()
         self._detach()
         for site, tensors in zip(self._sites, restored, strict=True):
-            _set_parameters(site, tensors)
+            set_parameters(site, tensors)
         for parameter in self._mapped:
             parameter.data = parameter.data.clone()
         self._is_restored = True
@@ -500,19 +495,3 @@ def refuse_twice(model: nn.Module) -> None:
             "the experts of this model are offloaded already; "
             "call moe_runtime.handle(model).restore() before another offload()"
         )
-
-
-def _set_parameters(site: ExpertSite, tensors: dict[str, torch.Tensor]) -> None:
-    for parameter in site.parameters:
-        values = tensors[parameter.name]
-        if site.is_fused:
-            site.module.register_parameter(
-                parameter.name, nn.Parameter(values, requires_grad=parameter.requires_grad)
-            )
-            continue
-        path, _, attribute = parameter.name.rpartition(".")
-        for expert, module in enumerate(site.module.children()):
-            owner = module.get_submodule(path)
-            owner._parameters[attribute] = nn.Parameter(
-                values[expert].clone(), requires_grad=parameter.requires_grad
-            )

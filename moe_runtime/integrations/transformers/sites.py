@@ -132,3 +132,20 @@ def _top_k(block: nn.Module | None, root: nn.Module) -> int:
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return 1
+
+
+def set_parameters(site: ExpertSite, tensors: dict[str, torch.Tensor]) -> None:
+    """Give the module of `site` its experts back: `[E, ...]` of each parameter, by name."""
+    for parameter in site.parameters:
+        values = tensors[parameter.name]
+        if site.is_fused:
+            site.module.register_parameter(
+                parameter.name, nn.Parameter(values, requires_grad=parameter.requires_grad)
+            )
+            continue
+        path, _, attribute = parameter.name.rpartition(".")
+        for expert, module in enumerate(site.module.children()):
+            owner = module.get_submodule(path)
+            owner._parameters[attribute] = nn.Parameter(
+                values[expert].clone(), requires_grad=parameter.requires_grad
+            )
