@@ -93,3 +93,17 @@ def wrong_shape(shape: tuple[int, ...]) -> Array:
 
 def raising(shape: tuple[int, ...]) -> Array:
     raise RuntimeError("nobody knows the future")
+
+
+def inverted(truth: Adversary) -> Callable[[tuple[int, ...]], Array]:
+    """Sure of whom nobody uses, in a run in which routing goes as `truth` heard it."""
+    used = iter([heard for heard in truth.heard if heard[0] == "observe"])
+
+    def say(shape: tuple[int, ...]) -> Array:
+        found = np.ones(shape)
+        heard = next(used, None)
+        if heard is not None and shape[1]:
+            found[..., heard[2].ravel()] = 0.0
+        return found
+
+    return say

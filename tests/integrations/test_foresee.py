@@ -28,6 +28,7 @@ from tests.adversaries import (
     OpenGate,
     all_nan,
     certain_of_all,
+    inverted,
     mostly_nonsense,
     raising,
     random_guesses,
@@ -72,7 +73,7 @@ def listen(
     """Let a predictor that says this speak, and be believed."""
     owner, gate = moe_runtime.handle(model), OpenGate()
     adversary = Adversary(FINGERPRINT, say)
-    attach(model, owner, Foresight(owner.engine, adversary, gate))
+    attach(model, owner, Foresight(owner.ahead, adversary, gate))
     return adversary, gate
 
 
@@ -103,17 +104,8 @@ def test_an_inverted_predictor_changes_no_token(folder: Path) -> None:
         expected = tokens(model)
         truth, _ = listen(model, all_nan)
         tokens(model)
-    used = iter([heard for heard in truth.heard if heard[0] == "observe"])
-
-    def inverted(shape: tuple[int, ...]) -> Array:
-        found = np.ones(shape)
-        heard = next(used, None)
-        if heard is not None and shape[1]:
-            found[..., heard[2].ravel()] = 0.0
-        return found
-
     with loaded(folder) as model:
-        listen(model, inverted)
+        listen(model, inverted(truth))
         assert tokens(model) == expected
         assert moe_runtime.handle(model).engine.ledger.counts.started > NUM_NEW
 

@@ -22,13 +22,14 @@ from tests.adversaries import (
     OpenGate,
     all_nan,
     certain_of_all,
+    inverted,
     mostly_nonsense,
     raising,
     random_guesses,
 )
 from tests.fake_streams import FakeMachine
 from tests.fake_tiers import put_tiers_below
-from tests.integrations.test_foresee import FINGERPRINT, NUM_NEW, tokens
+from tests.integrations.test_foresee import FINGERPRINT, NUM_NEW, listen, tokens
 from tests.tiny_checkpoint import NUM_LAYERS, TOP_K, save_mixtral
 
 pytestmark = [
@@ -68,16 +69,6 @@ def loaded(folder: Path, **arguments: Any) -> Iterator[PreTrainedModel]:
         owner.close()
 
 
-def listen(
-    model: PreTrainedModel, say: Callable[[tuple[int, ...]], Array]
-) -> tuple[Adversary, OpenGate]:
-    """Let a predictor that says this speak, and be believed."""
-    owner, gate = moe_runtime.handle(model), OpenGate()
-    adversary = Adversary(FINGERPRINT, say)
-    attach(model, owner, Foresight(owner.ahead, adversary, gate))
-    return adversary, gate
-
-
 @pytest.mark.parametrize("policy", ["lru", "plec"])
 @pytest.mark.parametrize(
     "say", [random_guesses, all_nan, mostly_nonsense, certain_of_all], ids=lambda f: f.__name__
@@ -106,17 +97,8 @@ def test_an_inverted_predictor_changes_no_token(folder: Path) -> None:
         expected = tokens(model)
         truth, _ = listen(model, all_nan)
         tokens(model)
-    used = iter([heard for heard in truth.heard if heard[0] == "observe"])
-
-    def inverted(shape: tuple[int, ...]) -> Array:
-        found = np.ones(shape)
-        heard = next(used, None)
-        if heard is not None and shape[1]:
-            found[..., heard[2].ravel()] = 0.0
-        return found
-
     with loaded(folder) as model:
-        listen(model, inverted)
+        listen(model, inverted(truth))
         assert tokens(model) == expected
         report = moe_runtime.handle(model).report()["prediction"]
     assert report["reads_ahead"] > NUM_NEW
