@@ -97,15 +97,15 @@ def run_once(
     """One text, with the machine's rates before and after it."""
     for _ in range(MOST_TRIES):
         others = OtherLoad()
-        before = surroundings.sample()
-        timing = time_text(model, folder, cell, settings["threads"], seed)
-        after = surroundings.sample()
+        before = surroundings.memory_gbps()
+        timing = time_text(model, folder, cell, settings["threads"], seed, surroundings.disk_gbps)
+        after = surroundings.memory_gbps()
         others_cores = others.cores()
-        low, high = sorted((before.memory_gbps, after.memory_gbps))
+        low, high = sorted((before, after))
         if high / low - 1 <= PLAN["most_drift"] and others_cores <= MOST_OTHERS_CORES:
             break
     measured = timing.tokens_per_second
-    machine = surroundings.machine(before, after, timing)
+    machine = surroundings.machine(statistics.mean((before, after)), timing)
     num_slots = moe_runtime.handle(model).budget.num_slots
     place = (folder, cell, num_slots, machine, curves_of(folder, cell, work), settings)
     parts = shares(place)
@@ -117,8 +117,8 @@ def run_once(
         "settings": settings,
         "process": os.getpid(),
         "measured": measured,
-        "memory_gbps": [before.memory_gbps, after.memory_gbps],
-        "disk_gbps": [before.disk_gbps, after.disk_gbps],
+        "memory_gbps": [before, after],
+        "disk_gbps": timing.disk_gbps,
         "operator_nanoseconds": timing.operator_nanoseconds,
         "drift": high / low - 1,
         "others_cores": others_cores,

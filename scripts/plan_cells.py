@@ -6,7 +6,7 @@ Cells and the grid of settings are those of docs/benchmarks/plan_cells.yaml.
 import json
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -50,7 +50,7 @@ FIT_SHAPES = {
 _PAGE_BYTES = 4096
 _FILE_BYTES = 32 * 2**20
 _POOL_BYTES = 256 * 2**20
-_DISK_DEPTH, _DISK_SECONDS = 2, 0.2
+_DISK_DEPTH, _DISK_SECONDS = 2, 0.05  # between two steps
 _REPEATS = 5
 
 
@@ -124,22 +124,33 @@ def decode(model: Any, tokens: torch.Tensor, cell: Cell) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one text: by the median step of those that count, and of small operators between them."""
+    """Of one text: medians over the steps that count, and over what was measured between them."""
 
     tokens_per_second: float
     operator_nanoseconds: float
+    disk_gbps: float | None
 
 
-def time_text(model: Any, folder: Path, cell: Cell, threads: int, seed: int) -> Timing:
-    """The processor's pace changes within seconds, so it is taken between steps."""
+def time_text(
+    model: Any,
+    folder: Path,
+    cell: Cell,
+    threads: int,
+    seed: int,
+    disk_gbps: Callable[[], float] | None = None,
+) -> Timing:
+    """Processor and disk change their pace within seconds, so it is taken between steps."""
     torch.set_num_threads(threads)
-    steps, operators = [], []
+    steps, operators, rates = [], [], []
     for seconds in decode(model, forced_tokens(folder, cell, seed), cell):
         steps.append(seconds)
         operators.append(operator_seconds(repeats=1))
+        if disk_gbps is not None:
+            rates.append(disk_gbps())
     return Timing(
         tokens_per_second=cell.batch / statistics.median(steps[WARM_STEPS:]),
         operator_nanoseconds=1e9 * statistics.median(operators[WARM_STEPS:]),
+        disk_gbps=statistics.median(rates[WARM_STEPS:]) if rates else None,
     )
 
 
@@ -172,16 +183,8 @@ def routing_of(folder: Path, cell: Cell, work: Path) -> Trace:
     return trace.select((trace.phase == Phase.DECODE).nonzero()[0])
 
 
-@dataclass(frozen=True)
-class Sample:
-    """GB/s of memory, and of the disk in blocks of an expert, within one moment."""
-
-    memory_gbps: float
-    disk_gbps: float
-
-
 class Surroundings:
-    """What memory and disk do around a run. What they read is made once."""
+    """What memory and disk do around a run and in it. What they read is made once."""
 
     def __init__(self, memory: CpuMemoryRate, disk: FolderReads, block_bytes: int) -> None:
         self._memory, self._disk, self._block_bytes = memory, disk, block_bytes
@@ -195,24 +198,22 @@ class Surroundings:
             reads = open_folder(folder, least_bytes=_FILE_BYTES, scratch_bytes=_FILE_BYTES)
             yield cls(stack.enter_context(memory), stack.enter_context(reads), pages * _PAGE_BYTES)
 
-    def sample(self) -> Sample:
-        disk = self._disk.reads.rate_gbps(
+    def memory_gbps(self) -> float:
+        return statistics.median(self._memory.read_gbps() for _ in range(_REPEATS))
+
+    def disk_gbps(self) -> float:
+        """In blocks of an expert."""
+        return self._disk.reads.rate_gbps(
             block_bytes=self._block_bytes, num_threads=_DISK_DEPTH, seconds=_DISK_SECONDS
         )
-        memory = statistics.median(self._memory.read_gbps() for _ in range(_REPEATS))
-        return Sample(memory_gbps=memory, disk_gbps=disk)
 
-    def machine(self, before: Sample, after: Sample, timing: Timing) -> Hardware:
+    def machine(self, memory_gbps: float, timing: Timing) -> Hardware:
         """The probed file of this machine, at the rates around a text and between its steps."""
         base = load_hardware_preset("2-core-epyc")
         assert base.disk is not None
-        read = statistics.mean((before.memory_gbps, after.memory_gbps))
-        rate = ReadRate(
-            block_bytes=self._block_bytes,
-            depth=_DISK_DEPTH,
-            gbps=statistics.mean((before.disk_gbps, after.disk_gbps)),
-        )
-        scaled = scaled_memory(base, read / base.memory.read_gbps)
+        assert timing.disk_gbps is not None
+        rate = ReadRate(block_bytes=self._block_bytes, depth=_DISK_DEPTH, gbps=timing.disk_gbps)
+        scaled = scaled_memory(base, memory_gbps / base.memory.read_gbps)
         return replace(
             scaled,
             cpu=replace(base.cpu, operator_nanoseconds=timing.operator_nanoseconds),
