@@ -16,7 +16,7 @@ import torch
 from moe_runtime.errors import DeviceMemoryError, ExpertReadError, PinningError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.ahead_line import AheadLine, AheadRead, read_now
-from moe_runtime.memory.disk import Blob
+from moe_runtime.memory.anonymous_memory import Blob
 from moe_runtime.memory.stream import Event
 
 MAX_STEP_SECONDS = 1e-4

@@ -22,7 +22,8 @@ from moe_runtime.errors import ExpertReadError, OffloadedExpertsError
 from moe_runtime.expert import ExpertKey
 from moe_runtime.layer import Dispatch, ExpertAccess, ExpertMath, run_experts
 from moe_runtime.memory.ahead_line import AheadLine
-from moe_runtime.memory.disk import Blob, DiskReader, _OpenFile
+from moe_runtime.memory.anonymous_memory import Blob
+from moe_runtime.memory.disk import DiskReader, _OpenFile
 from moe_runtime.memory.slots import HostSlots
 from moe_runtime.memory.tensor_map import TensorMap
 from tests.expert_files import KINDS, FileWriter, Parameter, make_layer

@@ -17,10 +17,10 @@ from moe_runtime.kernels.launch import is_interpreted
 from moe_runtime.kernels.product import product_kernel
 from moe_runtime.kernels.scaled_blocks import Dequantizer, TorchDequantizer
 from moe_runtime.layer import ExpertMath
+from moe_runtime.memory.anonymous_memory import Blob
 from moe_runtime.memory.blob_map import BlobMap
 from moe_runtime.memory.device_room import DeviceRoom
 from moe_runtime.memory.device_slots import DeviceSlots
-from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.packed_blob import Unpack
 from moe_runtime.memory.packed_landing import PackedLanding

@@ -6,14 +6,14 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from moe_runtime.measure.file_system import file_system_of, is_in_memory
+from moe_runtime.memory.anonymous_memory import anonymous_memory
 
 _PAGE_BYTES = 4096
-_BUFFER_FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+_LEAST_BYTES = 2 * 2**20  # of memory: a huge page
 
 
 class RandomReads:
@@ -50,7 +50,7 @@ class RandomReads:
     def read_for(self, *, block_bytes: int, num_threads: int, seconds: float) -> tuple[int, float]:
         """(bytes read, seconds taken): whole blocks, at least one a thread."""
 
-        def read(buffer: mmap.mmap, seed: int) -> int:
+        def read(buffer: memoryview, seed: int) -> int:
             rng, total = random.Random(seed), 0
             while total == 0 or time.perf_counter() - start < seconds:
                 file = rng.choices(range(len(self._sizes)), self._sizes)[0]
@@ -60,19 +60,18 @@ class RandomReads:
             return total
 
         seeds = [self._random.getrandbits(32) for _ in range(num_threads)]
-        with ExitStack() as stack:
-            # Each starts on a page, as direct reads want, and all of its pages are there before
-            # the clock runs: slots that are read into have theirs, too.
-            buffers = [
-                stack.enter_context(mmap.mmap(-1, block_bytes, flags=_BUFFER_FLAGS))
-                for _ in range(num_threads)
-            ]
-            pool = stack.enter_context(ThreadPoolExecutor(num_threads))
+        # As the runtime's slots: on pages, huge ones where there are some, which are there before
+        # the clock runs.
+        pages_bytes = -(-block_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        memory = anonymous_memory(max(num_threads * pages_bytes, _LEAST_BYTES))
+        memory[::_PAGE_BYTES] = 1
+        buffers = [memory[i * pages_bytes :][:block_bytes].data for i in range(num_threads)]
+        with ThreadPoolExecutor(num_threads) as pool:
             start = time.perf_counter()
             num_bytes = sum(pool.map(read, buffers, seeds))
             return num_bytes, time.perf_counter() - start
 
-    def _read_block(self, descriptor: int, buffer: mmap.mmap, offset: int) -> int:
+    def _read_block(self, descriptor: int, buffer: memoryview, offset: int) -> int:
         if not self.is_direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, offset, len(buffer), os.POSIX_FADV_DONTNEED)
         return os.preadv(descriptor, [buffer], offset)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import torch
 
+from moe_runtime.memory.anonymous_memory import Blob
 from moe_runtime.memory.compact_views import CompactViews
-from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.slots import HostSlots
 

@@ -1,7 +1,6 @@
 """Reads extents of files into blobs, past the page cache where the file system allows."""
 
 import itertools
-import mmap
 import os
 import threading
 import weakref
@@ -21,6 +20,7 @@ from moe_runtime.errors import ExpertReadError
 from moe_runtime.kernels.cpu.quantise import load_quantiser
 from moe_runtime.kernels.cpu.unpack import load_codec
 from moe_runtime.memory.ahead_line import AheadLine, AheadRead, read_now
+from moe_runtime.memory.anonymous_memory import Blob, anonymous_memory
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.packing import ITEM_BYTES, require_intact
@@ -35,8 +35,6 @@ from moe_runtime.memory.tensor_map import BlockMove, ByteMove, Extent, RowsMove,
 CHUNK_BYTES = 704 * 2**10
 NUM_THREADS = 8
 _PAGE_BYTES = 4096
-
-Blob = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +77,10 @@ class DiskReader:
         self._codec = load_codec()
         self._quantise = load_quantiser()
         # Every plain read borrows one of these: all memory is known now.
-        self._buffers: SimpleQueue[mmap.mmap] = SimpleQueue()
-        for _ in range(num_threads):
-            self._buffers.put(_aligned_buffer(chunk_bytes + 2 * _PAGE_BYTES))
+        self._buffers: SimpleQueue[Blob] = SimpleQueue()
+        buffer_bytes = _whole_pages(chunk_bytes) + 2 * _PAGE_BYTES
+        for buffer in anonymous_memory(num_threads * buffer_bytes).reshape(num_threads, -1):
+            self._buffers.put(buffer)
         self._pool = ReaderPool(num_threads, "moe-runtime-disk")
         self.ahead = AheadLine(self._pool)
         self._counter_lock = threading.Lock()
@@ -225,10 +224,10 @@ class DiskReader:
             self._quantise(data.view(torch.bfloat16).view(shape), move.dtype, values, scales)
 
     @contextmanager
-    def _buffer(self, num_bytes: int) -> Iterator[mmap.mmap]:
+    def _buffer(self, num_bytes: int) -> Iterator[Blob]:
         """Room for a read of so many bytes: one of the pool's, or for very long rows a new one."""
         if num_bytes > self._chunk_bytes:
-            yield _aligned_buffer(num_bytes + 2 * _PAGE_BYTES)
+            yield anonymous_memory(_whole_pages(num_bytes) + 2 * _PAGE_BYTES)
             return
         buffer = self._buffers.get()
         try:
@@ -254,7 +253,7 @@ class DiskReader:
             for source, length, destination in copies:
                 np.copyto(blob[destination : destination + length], data[source : source + length])
 
-    def _read_in_place(self, file: _OpenFile, offset: int, target: Blob, buffer: mmap.mmap) -> bool:
+    def _read_in_place(self, file: _OpenFile, offset: int, target: Blob, buffer: Blob) -> bool:
         """Fill `target` from the disk with no copy between, where both lie alike in their blocks.
 
         The blocks at its ends, of which it has a part, go through `buffer`. False, with `target` in
@@ -266,8 +265,7 @@ class DiskReader:
         start, end = offset // block * block, -(-(offset + num_bytes) // block) * block
         first = start + block if start < offset else start  # of the blocks that are whole
         last = end - block if end > offset + num_bytes else end
-        edges = memoryview(buffer)
-        head, tail = edges[:block], edges[block : 2 * block]
+        head, tail = buffer[:block], buffer[block : 2 * block]
         vectors: list[Any] = [target[first - offset : last - offset]]
         vectors = ([head] if first > start else []) + vectors + ([tail] if last < end else [])
         try:
@@ -276,14 +274,14 @@ class DiskReader:
             return False  # the plain way tries again, and says what is wrong
         if start + count < offset + num_bytes:
             return False
-        target[: first - offset] = np.frombuffer(head, np.uint8)[offset - start :][: first - offset]
-        target[last - offset :] = np.frombuffer(tail, np.uint8)[: offset + num_bytes - last]
+        target[: first - offset] = head[offset - start :][: first - offset]
+        target[last - offset :] = tail[: offset + num_bytes - last]
         self._account(file, offset, count)
         return True
 
     def _read_strided(self, extent: Extent, layout: ExpertLayout, blob: Blob) -> None:
         file = self._files[extent.file]
-        buffer = _aligned_buffer(extent.num_bytes + 2 * _PAGE_BYTES)
+        buffer = anonymous_memory(_whole_pages(extent.num_bytes) + 2 * _PAGE_BYTES)
         data = torch.from_numpy(self._read(file, extent.offset, extent.num_bytes, buffer))
         if extent.blocks:
             data = self._unpacked(data, extent, file)
@@ -313,16 +311,15 @@ class DiskReader:
         require_intact(self._codec.run(tasks), extent.blocks, file.path)
         return weights
 
-    def _read(self, file: _OpenFile, offset: int, num_bytes: int, buffer: mmap.mmap) -> Blob:
+    def _read(self, file: _OpenFile, offset: int, num_bytes: int, buffer: Blob) -> Blob:
         """Exactly the wanted bytes, as a view into `buffer`. Raises ExpertReadError."""
         block = file.block_bytes
         start = offset // block * block
         end = -(-(offset + num_bytes) // block) * block
-        window = memoryview(buffer)
         done = 0
         while start + done < offset + num_bytes:
             try:
-                count = self._ask(file, [window[done : end - start]], start + done)
+                count = self._ask(file, [buffer[done : end - start]], start + done)
             except OSError as error:
                 raise ExpertReadError(
                     f"reading {file.path} at offset {start + done} failed: {error.strerror}; "
@@ -339,7 +336,7 @@ class DiskReader:
                         "restore it and load the model again"
                     )
         self._account(file, offset, done)
-        return np.frombuffer(buffer, np.uint8, num_bytes, offset - start)
+        return buffer[offset - start :][:num_bytes]
 
     def _ask(self, file: _OpenFile, vectors: list[Any], offset: int) -> int:
         """One read of the operating system; how many bytes it gave."""
@@ -414,11 +411,11 @@ def _open_direct(path: Path) -> tuple[int | None, int]:
         descriptor = os.open(path, os.O_RDONLY | flag)
     except OSError:
         return None, 1
-    probe = memoryview(_aligned_buffer(2 * _PAGE_BYTES))
+    probe = anonymous_memory(2 * _PAGE_BYTES)
     # The second read tells whether memory and offset may be aligned to less than a page.
     for block in (512, _PAGE_BYTES):
         try:
-            os.preadv(descriptor, [probe[block : 2 * block]], block)
+            os.preadv(descriptor, [probe[block : 2 * block].data], block)
         except OSError:
             continue
         return descriptor, block
@@ -426,5 +423,5 @@ def _open_direct(path: Path) -> tuple[int | None, int]:
     return None, 1
 
 
-def _aligned_buffer(num_bytes: int) -> mmap.mmap:
-    return mmap.mmap(-1, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES)
+def _whole_pages(num_bytes: int) -> int:
+    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES

@@ -8,8 +8,9 @@ import torch
 
 from moe_runtime.expert import ExpertKey
 from moe_runtime.memory.ahead_line import AheadLine, AheadRead
+from moe_runtime.memory.anonymous_memory import Blob
 from moe_runtime.memory.blob_map import BlobMap
-from moe_runtime.memory.disk import Blob, DiskReader
+from moe_runtime.memory.disk import DiskReader
 from moe_runtime.memory.expert_load import ExpertLoad
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.read_watch import ReadWatch

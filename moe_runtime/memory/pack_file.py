@@ -14,7 +14,7 @@ import torch
 
 from moe_runtime.errors import CheckpointError
 from moe_runtime.kernels.packed_blocks import PADDING_BYTES, BlockCodec
-from moe_runtime.memory.disk import Blob
+from moe_runtime.memory.anonymous_memory import Blob
 from moe_runtime.memory.packed_folder import FILE_MARK, Manifest, PackedFile, packed_tensors
 from moe_runtime.memory.packing import (
     ITEM_BYTES,

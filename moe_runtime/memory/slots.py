@@ -6,8 +6,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from moe_runtime.memory.anonymous_memory import anonymous_memory
-from moe_runtime.memory.disk import Blob
+from moe_runtime.memory.anonymous_memory import Blob, anonymous_memory
 from moe_runtime.memory.layout import ExpertLayout
 from moe_runtime.memory.slot_views import SlotViews
 

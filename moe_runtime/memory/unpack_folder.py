@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moe_runtime.errors import CheckpointError
 from moe_runtime.kernels.cpu.unpack import load_codec
+from moe_runtime.memory.anonymous_memory import Blob
 from moe_runtime.memory.checkpoint import Checkpoint
-from moe_runtime.memory.disk import Blob
 from moe_runtime.memory.disk_space import check_disk_space
 from moe_runtime.memory.pack_file import restored_sha256
 from moe_runtime.memory.packed_folder import copy_companions, is_packed, read_manifest
