@@ -1,11 +1,16 @@
 """A fixed set of threads that run jobs, in a way that no interrupt can jam."""
 
+import atexit
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 Job = Callable[[], object]
+
+# At the program's end, for the jobs under way.
+_LAST_SECONDS = 10.0
 
 
 class ReaderPool:
@@ -26,6 +31,7 @@ class ReaderPool:
         ]
         for thread in self._threads:
             thread.start()
+        _open_pools.add(self)
 
     def submit(self, job: Job) -> None:
         """Run `job`, which must not raise, as soon as a thread is free."""
@@ -36,6 +42,24 @@ class ReaderPool:
         self._end()
         for thread in self._threads:
             thread.join()
+
+
+_open_pools: "weakref.WeakSet[ReaderPool]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """Wait for the jobs under way, and for no others, while Python is still there.
+
+    A daemon that comes back from C++ into an interpreter that has gone aborts the whole program.
+    """
+    for pool in list(_open_pools):
+        with contextlib.suppress(Empty):
+            while True:
+                pool._jobs.get_nowait()
+        _end(pool._jobs, len(pool._threads))
+        for thread in pool._threads:
+            thread.join(_LAST_SECONDS)
 
 
 def _end(jobs: "SimpleQueue[Job | None]", num_threads: int) -> None:

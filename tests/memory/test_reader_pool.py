@@ -1,6 +1,8 @@
 """Laws of the reader pool: every job runs once, and no thread outlives the pool."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -8,6 +10,7 @@ import weakref
 import pytest
 
 from moe_runtime.memory.reader_pool import ReaderPool
+from tests.command_line import ROOT
 
 NAME = "pool-under-test"
 
@@ -64,3 +67,33 @@ def test_finished_jobs_are_not_kept() -> None:
     assert gone.wait(5)
     assert not finalizer.alive
     pool.shutdown()
+
+
+def test_a_program_may_end_while_jobs_are_under_way() -> None:
+    """Law: what runs is awaited, what waits is dropped, and the program ends as it would."""
+    program = """
+import threading, time, torch
+from moe_runtime.memory.reader_pool import ReaderPool
+from tests.command_line import ROOT
+pool = ReaderPool(2, "pool")
+matrix = torch.ones(600, 600)
+begun = threading.Barrier(3)
+def job():
+    begun.wait()
+    for _ in range(20):
+        torch.mm(matrix, matrix)
+pool.submit(job)
+pool.submit(job)
+pool.submit(lambda: print("a job that waited was run"))
+begun.wait()
+"""
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
