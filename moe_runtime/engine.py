@@ -96,6 +96,7 @@ class ExpertEngine:
         self.reader = reader
         self.planner: AheadPlanner | None = None
         self.watch: EngineWatch | None = None
+        self.groups_to_come = 0  # of a pass, each of which asks for the layer that runs
         self.ledger = PrefetchLedger()
         self.times = EngineTimes()
         self._poison = poison
@@ -272,6 +273,9 @@ class ExpertEngine:
                     self._loads.pop(key, None)
                     self.cache.discard(key)
         if not keys or self.ledger.is_empty:
+            return
+        if self.groups_to_come:  # they may use what this one does not
+            self.ledger.use(keys, self._share_read)
             return
         for key in self.ledger.visit(keys, self.cache, self._share_read):
             wrong = self._ahead.get(key)

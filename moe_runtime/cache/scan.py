@@ -10,13 +10,15 @@ class ScanPolicy:
 
     The layer that was used last comes again last, so its experts make room for the next layers',
     and the rest stays: a cache of a third of the experts hits about a third, where recency would
-    hit none. O(layers) per eviction.
+    hit none. Where groups of a pass visit each layer in turn, the one that runs comes next again
+    while `groups_to_come`, and makes room last. O(layers) per eviction.
     """
 
     name = "scan"
 
     def __init__(self) -> None:
         self.layer = -1  # the one that runs, or ran last
+        self.groups_to_come = 0  # whose visits of this layer follow in this pass
         self._layers: dict[int, dict[ExpertKey, None]] = {}
 
     def visit(self, keys: Sequence[ExpertKey]) -> None:
@@ -26,8 +28,9 @@ class ScanPolicy:
         self._layers.setdefault(key.layer, {})[key] = None
 
     def victim(self, pinned: Set[ExpertKey]) -> ExpertKey | None:
+        passed = self.layer - 1 if self.groups_to_come else self.layer
         # Behind the current layer, nearest first; then before it, farthest first.
-        for layer in sorted(self._layers, key=lambda n: (n > self.layer, -n)):
+        for layer in sorted(self._layers, key=lambda n: (n > passed, -n)):
             for key in self._layers[layer]:
                 if key not in pinned:
                     return key

@@ -2,8 +2,9 @@
 
 import time
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -29,6 +30,15 @@ from moe_runtime.expert_memory import ExpertMemory, format_bytes
 if TYPE_CHECKING:
     from moe_runtime.measure.batch_request import BatchRun
     from moe_runtime.offline.request import BadLine
+
+
+class TokenGroups(StrEnum):
+    """As how many groups the sequences of a pass run; `auto` is what is faster."""
+
+    AUTO = "auto"
+    ONE = "1"
+    TWO = "2"
+
 
 EPILOG = """Examples:
 
@@ -90,6 +100,13 @@ def batch(
         int,
         typer.Option(min=1, help="At most so many lines at a time.", rich_help_panel=MEMORY_PANEL),
     ] = 512,
+    token_groups: Annotated[
+        TokenGroups,
+        typer.Option(
+            help="Two groups of lines take turns: while one attends, the other goes through the "
+            "experts. auto tries where attention takes long enough, and keeps what is faster.",
+        ),
+    ] = TokenGroups.AUTO,
     expert_dtype: ExpertDtypeOption = ExpertDtype.AUTO,
     page_cache: Annotated[
         bool,
@@ -127,6 +144,7 @@ def batch(
         dense_memory=dense_memory,
         kv_memory=kv_memory,
         max_sequences=max_sequences,
+        token_groups=token_groups,
         expert_dtype=expert_dtype,
         page_cache=page_cache,
         dtype=dtype,
@@ -200,4 +218,16 @@ def _table(run: "BatchRun", results: Path) -> Table:
         table.add_row("expert bytes read", format_bytes(passes["read_bytes"]))
         table.add_row("keys and values, at most", format_bytes(kv["most_used_bytes"]))
         table.add_row("attention", str(kv["attention"]))
+        table.add_row("groups of lines", _groups(run.report["token_groups"]))
     return table
+
+
+def _groups(found: dict[str, Any]) -> str:
+    """What was kept, and the two figures that it was chosen by."""
+    if found["refusal"] is not None:
+        return "one (see --json)"
+    one, two = found["one_token_seconds"], found["two_token_seconds"]
+    kept = "two, in turns" if found["groups"] == 2 else "one"
+    if one is None or two is None:
+        return kept
+    return f"{kept} ({1e3 * one:.3g} ms a token in one, {1e3 * two:.3g} in two)"

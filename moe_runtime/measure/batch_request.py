@@ -21,6 +21,7 @@ class BatchRequest:
     dense_memory: str = "auto"
     kv_memory: str = "auto"
     max_sequences: int = 512
+    token_groups: str = "auto"
     expert_dtype: str = "auto"
     page_cache: bool = False
     dtype: str = "auto"

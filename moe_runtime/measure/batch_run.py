@@ -3,22 +3,27 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moe_runtime.cache.scan import ScanPolicy
 from moe_runtime.errors import BatchError, UnsupportedModelError
 from moe_runtime.expert_memory import ExpertMemory
-from moe_runtime.integrations.transformers.handle import handle
+from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.next_token import end_ids, unused_settings
 from moe_runtime.integrations.transformers.own_cache_model import OwnCacheModel
 from moe_runtime.integrations.transformers.paged_model import PagedModel
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.resolve import ResolvedModel, resolve_model
-from moe_runtime.integrations.transformers.streamed_forward import StreamedForward
+from moe_runtime.integrations.transformers.streamed_forward import (
+    StreamedForward,
+    turn_listener,
+    why_one_group,
+)
 from moe_runtime.measure.batch_lines import BatchLine, BatchLines, encode_line
 from moe_runtime.measure.batch_pages import check_kv_memory, plan_pages
 from moe_runtime.measure.batch_progress import BatchProgress
@@ -27,6 +32,8 @@ from moe_runtime.measure.prompt import load_tokenizer
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.offline.cohort_scheduler import CohortScheduler
 from moe_runtime.offline.engine import Forward, OfflineEngine
+from moe_runtime.offline.group_choice import GroupChoice
+from moe_runtime.offline.grouped_forward import GroupedForward
 from moe_runtime.offline.kv_pages import page_bytes
 from moe_runtime.offline.page_table import PageTable
 from moe_runtime.offline.pass_scheduler import PassScheduler, Scheduler
@@ -39,6 +46,17 @@ from moe_runtime.offline.sequence import Sequence
 _RESERVE_SHARE = 0.1
 # Of what is free, kept from experts where these would take all of it.
 _KV_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Passes:
+    """What runs the passes, who runs in them, and what is known of them."""
+
+    forward: Forward
+    scheduler: Scheduler
+    size: PassSize
+    choice: GroupChoice
+    kv: dict[str, Any]
 
 
 def run_batch(request: BatchRequest, listener: Listener) -> BatchRun:
@@ -126,9 +144,9 @@ class _Run:
                 memory = owner.report()["memory"]
                 free_bytes = int((1 - _RESERVE_SHARE) * available_bytes)
                 free_bytes -= memory["dense_used_bytes"] + memory["expert_used_bytes"]
-                with self._forward(model, lines, free_bytes) as (runs, scheduler, size, facts):
+                with self._passes(model, owner, policy, lines, free_bytes) as passes:
                     self.load_seconds = time.perf_counter() - started
-                    self._run(StreamedForward(runs, owner, policy), scheduler, size, lines, facts)
+                    self._run(StreamedForward(passes.forward, owner, policy), passes, lines)
 
     def _load(
         self, resolved: ResolvedModel, policy: ScanPolicy, available_bytes: int
@@ -167,10 +185,15 @@ class _Run:
         return lines
 
     @contextmanager
-    def _forward(
-        self, model: PreTrainedModel, lines: BatchLines, free_bytes: int
-    ) -> Iterator[tuple[Forward, Scheduler, PassSize, dict[str, Any]]]:
-        """What runs the passes, and who runs in them: by our attention, or by the model's own."""
+    def _passes(
+        self,
+        model: PreTrainedModel,
+        owner: Handle,
+        policy: ScanPolicy,
+        lines: BatchLines,
+        free_bytes: int,
+    ) -> Iterator[_Passes]:
+        """By our attention, or by the model's own."""
         size = PassSize()
         most = self._request.max_sequences
         with ExitStack() as stack:
@@ -189,8 +212,13 @@ class _Run:
                     "page_bytes": own.page_bytes(),
                     "pages": num_pages,
                 }
-                sequences = _in_order(lines)
-                yield own, CohortScheduler(sequences, table, max_sequences=most), size, facts
+                yield _Passes(
+                    forward=own,
+                    scheduler=CohortScheduler(_in_order(lines), table, max_sequences=most),
+                    size=size,
+                    choice=self._choice("the model runs with its own attention"),
+                    kv=facts,
+                )
                 facts["most_used_bytes"] = table.most_used * own.page_bytes()
                 return
             num_pages = self._num_pages(lines, page_bytes(paged.shapes), free_bytes)
@@ -203,8 +231,17 @@ class _Run:
             scheduler = PassScheduler(
                 _in_order(lines), pages.table, pass_tokens=size.limit, max_sequences=most
             )
-            yield paged, scheduler, size, facts
+            choice = self._choice(why_one_group(owner))
+            grouped = GroupedForward(paged, choice, on_turn=turn_listener(owner, policy))
+            stack.enter_context(closing(grouped))
+            yield _Passes(forward=grouped, scheduler=scheduler, size=size, choice=choice, kv=facts)
             facts["most_used_bytes"] = pages.most_used_bytes
+
+    def _choice(self, refusal: str) -> GroupChoice:
+        setting = self._request.token_groups
+        if refusal and setting == "2":
+            self._listener.on_warning(f"passes run as one group of tokens: {refusal}")
+        return GroupChoice(setting, num_threads=torch.get_num_threads(), refusal=refusal)
 
     def _num_pages(self, lines: BatchLines, page_bytes: int, free_bytes: int) -> int:
         """Pages for all lines, or what the memory has; lines that do not fit by themselves fail."""
@@ -221,16 +258,10 @@ class _Run:
                 self._failed.add(plan.refusal(line.request, line.sequence))
         return plan.num_pages
 
-    def _run(
-        self,
-        forward: StreamedForward,
-        scheduler: Scheduler,
-        size: PassSize,
-        lines: BatchLines,
-        facts: dict[str, Any],
-    ) -> None:
+    def _run(self, forward: StreamedForward, passes: _Passes, lines: BatchLines) -> None:
+        size = passes.size
         engine = OfflineEngine(
-            forward, scheduler, size, choose=lines.choose, is_finished=lines.is_finished
+            forward, passes.scheduler, size, choose=lines.choose, is_finished=lines.is_finished
         )
         started = time.perf_counter()
         progress = BatchProgress(lines)
@@ -245,7 +276,8 @@ class _Run:
             "passes": asdict(engine.report),
             "n_real": size.n_real,
             "computing": _computing(size),
-            "kv": facts,
+            "token_groups": passes.choice.report(),
+            "kv": passes.kv,
             "experts": forward.owner.report(),
         }
 

@@ -30,10 +30,19 @@ class LayerStream:
             return None
         layer = (self._policy.layer + 1) % len(self._num_experts)
         keys = [ExpertKey(layer, expert) for expert in range(self._num_experts[layer])]
-        most = max(1, int(_SHARE_AHEAD * len(keys))) - num_in_line
+        most = reads_ahead(len(keys)) - num_in_line
         absent = [key for key in keys if key not in self._cache]
+        if self._policy.groups_to_come:  # what they use of this layer must find room
+            room = self._cache.num_slots - self._num_experts[self._policy.layer]
+            most = min(most, room - (len(keys) - len(absent)))
         return AheadPlan(absent, most, self._is_worth) if most > 0 and absent else None
 
     def _is_worth(self, key: ExpertKey, victim: ExpertKey) -> bool:
-        """Whatever is not of the next layer is needed later."""
-        return victim.layer != key.layer
+        """Whatever is not of the next layer is needed later, but for a group still to come."""
+        is_sooner = self._policy.groups_to_come and victim.layer == self._policy.layer
+        return not is_sooner and victim.layer != key.layer
+
+
+def reads_ahead(num_experts: int) -> int:
+    """Experts of a layer of `num_experts` that may be on their way ahead of it."""
+    return max(1, int(_SHARE_AHEAD * num_experts))

@@ -202,15 +202,19 @@ class PrefetchLedger:
         There is at least one key. `share` says how much of a key is read by now.
         """
         layer = next(iter(keys)).layer
+        self.use(keys, share)
+        displaced = self._displaced.pop(layer, ())
+        self.counts.regrets += sum(key in displaced and key not in resident for key in keys)
+        demanded = set(keys)
+        return [key for key in self._foretold.pop(layer, ()) if key not in demanded]
+
+    def use(self, keys: Collection[ExpertKey], share: Callable[[ExpertKey], float]) -> None:
+        """`keys` are demanded, and others may be in the same visit of their layer."""
         for key in keys:
             if key in self._unused:
                 self._unused.remove(key)
                 self.counts.used += 1
                 self.counts.hidden += share(key)
-        displaced = self._displaced.pop(layer, ())
-        self.counts.regrets += sum(key in displaced and key not in resident for key in keys)
-        demanded = set(keys)
-        return [key for key in self._foretold.pop(layer, ()) if key not in demanded]
 
     def leave(self, key: ExpertKey, share: float) -> None:
         """`key` is evicted, with `share` of it read."""

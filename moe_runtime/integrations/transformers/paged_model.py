@@ -5,8 +5,11 @@ vocabulary.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moe_runtime.errors import UnsupportedModelError
 from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.sites import ExpertSite
+from moe_runtime.offline.grouped_forward import Attend
 from moe_runtime.offline.kv_pages import KVPages, LayerShape, PassLayout
 from moe_runtime.offline.page_table import PageTable, pages_for
 from moe_runtime.offline.pass_attention import AttentionRule, attend, prompt_attention
@@ -30,6 +34,15 @@ _TOLERANCE = {torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
 # What transformers' attention functions may be told that changes nothing here.
 _HARMLESS = frozenset({"dropout", "position_ids", "use_cache", "output_attentions", "is_causal"})
+
+
+@dataclass(slots=True)
+class _Call:
+    """A forward under way, in the thread that it runs in."""
+
+    layout: PassLayout
+    attend: Attend
+    num_layers: int = 0  # that attended so far
 
 
 class PagedModel:
@@ -48,9 +61,9 @@ class PagedModel:
         self._configs = {id(config): config for config in _configs(model)}.values()
         self._before = [config._attn_implementation for config in self._configs]
         self._pages: KVPages | None = None
-        self._layout: PassLayout | None = None
         self._shapes: list[LayerShape] = []  # seen in the trial
-        self._num_calls = 0
+        self._under_way = threading.local()  # groups of a pass run in threads of their own
+        self.attention_seconds = 0.0
         ALL_ATTENTION_FUNCTIONS.register(self._name, self._attend)
         try:
             self._try()
@@ -76,9 +89,18 @@ class PagedModel:
         self._pages = KVPages(self._shapes, num_pages)
         return self._pages
 
-    @torch.no_grad()
     def run(self, plan: PassPlan) -> torch.Tensor:
         """Logits `[sequences, V]` behind the last token of each of `plan.sequences`."""
+        with self.passing():
+            return self.run_group(plan, _at_once)
+
+    @torch.no_grad()
+    def run_group(self, plan: PassPlan, attend: Attend) -> torch.Tensor:
+        """As `run`, while `passing`; `attend` is called with the attention of each layer.
+
+        Several may be under way in threads of their own, if one at a time does anything but attend
+        and one at a time attends.
+        """
         assert self._pages is not None
         layout = PassLayout.of(
             self._pages.table,
@@ -90,8 +112,7 @@ class PagedModel:
         for one in plan.prompts:
             ids += one.token_ids
             positions += range(one.num_tokens)
-        with self._switched():
-            return self._forward(layout, ids, positions)
+        return self._forward(layout, ids, positions, attend)
 
     def close(self) -> None:
         """Take the attention function out again. Safe to call twice."""
@@ -110,7 +131,7 @@ class PagedModel:
         self.close()
 
     @contextmanager
-    def _switched(self) -> Iterator[None]:
+    def passing(self) -> Iterator[None]:
         """The model calls our attention while this is entered, and its own one otherwise."""
         try:
             for config in self._configs:
@@ -121,7 +142,11 @@ class PagedModel:
                 config._attn_implementation_internal = before
 
     def _forward(
-        self, layout: PassLayout, ids: Sequence[int], positions: Sequence[int]
+        self,
+        layout: PassLayout,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        attend: Attend,
     ) -> torch.Tensor:
         """One row of all tokens; logits behind decoding sequences and at the ends of prompts."""
         ends = [*range(layout.num_decoding), *(prompt.end - 1 for prompt in layout.prompts)]
@@ -129,8 +154,7 @@ class PagedModel:
             "position_ids": torch.tensor([positions]),
             "logits_to_keep": torch.tensor(ends),
         }
-        self._layout = layout
-        self._num_calls = 0
+        self._under_way.call = _Call(layout, attend)
         output = self._model(
             input_ids=torch.tensor([ids]),
             use_cache=False,
@@ -153,9 +177,9 @@ class PagedModel:
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """What transformers calls in each layer: `[1, H, T, d]` in, `[1, T, H, v]` out."""
-        layout, layer = self._layout, self._num_calls
-        assert layout is not None
-        self._num_calls += 1
+        call: _Call = self._under_way.call
+        layout, layer = call.layout, call.num_layers
+        call.num_layers += 1
         if attention_mask is not None:
             raise UnsupportedModelError("its attention has a mask of its own")
         if key.shape[0] != 1 or key.shape[2] != query.shape[2]:
@@ -167,8 +191,15 @@ class PagedModel:
             softcap=softcap,
         )
         if self._pages is not None:
-            out = attend(self._pages, layer, layout, rule, query[0], key[0], value[0])
-            return out[None], None
+            pages = self._pages
+
+            def attention() -> torch.Tensor:
+                started = time.perf_counter()
+                out = attend(pages, layer, layout, rule, query[0], key[0], value[0])
+                self.attention_seconds += time.perf_counter() - started
+                return out
+
+            return call.attend(attention)[None], None
         # The trial's first pass, which is of prompts alone: nothing is kept.
         for name in (name for name, given in others.items() if given is not None):
             if name not in _HARMLESS and not name.endswith("_router_logits"):
@@ -229,7 +260,7 @@ class PagedModel:
         table = PageTable(sum(pages_for(length) for _, length in lengths))
         for sequence, length in lengths:
             table.hold(sequence, length)
-        with self._switched():
+        with self.passing():
             whole = self._prompt_pass(table, prompts)
             num_layers = int(self._model.config.get_text_config().num_hidden_layers)
             if len(self._shapes) != num_layers:
@@ -245,13 +276,20 @@ class PagedModel:
                 PassLayout.of(pages.table, lengths, []),
                 [ids[-1] for ids in prompts],
                 [length - 1 for _, length in lengths],
+                _at_once,
             )
         return whole, behind, beside
 
     def _prompt_pass(self, table: PageTable, prompts: list[list[int]]) -> torch.Tensor:
         layout = PassLayout.of(table, [], [(n, len(ids)) for n, ids in enumerate(prompts)])
         ids = [token for prompt in prompts for token in prompt]
-        return self._forward(layout, ids, [i for prompt in prompts for i in range(len(prompt))])
+        positions = [i for prompt in prompts for i in range(len(prompt))]
+        return self._forward(layout, ids, positions, _at_once)
+
+
+def _at_once(attention: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Attend as one group does."""
+    return attention()
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:

@@ -1,0 +1,203 @@
+"""Whether the next passes run as two groups that take turns: by a model, then by the clock."""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+AUTO = "auto"
+_LEAST_GAIN = 0.05  # that the model must promise before anything is tried
+_LEAST_KEPT_GAIN = 0.02  # that the clock must show before two groups stay
+_NUM_RECENT = 3  # passes that the model looks at
+_NUM_COMPARED = 5  # passes of each kind in a trial
+_MOST_TRIED = 8  # of each kind, those of another size included
+_LIKE_SHARE = 0.125  # passes whose tokens and keys differ by less are of one size
+_NUM_REST = 64  # passes between trials; twice as many after each that was for nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassTimes:
+    """What one pass took; attention and waiting for reads are parts of `seconds`, or beside it."""
+
+    num_groups: int
+    num_tokens: int
+    num_keys: int
+    seconds: float
+    attention_seconds: float
+    stall_seconds: float
+
+    @property
+    def token_seconds(self) -> float:
+        return self.seconds / self.num_tokens
+
+    @property
+    def products_seconds(self) -> float:
+        """Of a pass in one group: neither attention nor waiting."""
+        return max(0.0, self.seconds - self.attention_seconds - self.stall_seconds)
+
+    def is_like(self, other: "PassTimes") -> bool:
+        """Whether seconds a token of both can be compared."""
+        return _is_like(self.num_tokens, other.num_tokens) and _is_like(
+            self.num_keys, other.num_keys
+        )
+
+
+def _is_like(a: int, b: int) -> bool:
+    return abs(a - b) <= _LIKE_SHARE * max(a, b)
+
+
+def attention_threads(times: PassTimes, num_threads: int) -> int:
+    """Threads of `num_threads` that attend while the others multiply, from a pass in one group.
+
+    So that both take as long: assumes that the seconds of each fall with its threads.
+    """
+    busy_seconds = times.attention_seconds + times.products_seconds
+    share = times.attention_seconds / busy_seconds if busy_seconds else 0.5
+    return max(1, min(round(share * num_threads), num_threads - 1))
+
+
+def most_gain(times: PassTimes, num_threads: int) -> float:
+    """The share of its time that a pass in one group could save in two, at most.
+
+    With A seconds of attention, P of products and W of waiting for reads, n threads and a of them
+    for attention, one group takes A + P + W and two no less than
+
+        max(A, P n / (n - a), P + W),  and with a single thread  A + P
+
+    Assumes the best: attention waits for memory, so that fewer threads take no longer; products
+    lose no more than their threads; reads go on under either; a turn costs nothing.
+    """
+    num_attention = attention_threads(times, num_threads)
+    num_products = max(1, num_threads - num_attention)
+    products_seconds = times.products_seconds
+    in_two = max(
+        times.attention_seconds,
+        products_seconds * num_threads / num_products,
+        products_seconds + times.attention_seconds * num_attention / num_threads,
+        products_seconds + times.stall_seconds,
+    )
+    return 1.0 - in_two / times.seconds
+
+
+class GroupChoice:
+    """One group or two for the next pass, as `setting` ("1", "2" or "auto") says.
+
+    Auto: where `most_gain` of the last passes is a few per cent, passes of one size run in two
+    groups and in one, by turns, and the kind with the lower median of seconds a token stays; it is
+    asked again after some dozen passes, and later each time that two groups lost. With a
+    `refusal`, which says why there cannot be two, there is one.
+    """
+
+    def __init__(self, setting: str, *, num_threads: int, refusal: str = "") -> None:
+        self.num_groups = 1
+        self._setting = setting
+        self._num_threads = num_threads
+        self._refusal = refusal
+        self._recent: deque[PassTimes] = deque(maxlen=_NUM_RECENT)  # in one group
+        self._trial: _Trial | None = None
+        self._last_trial: _Trial | None = None
+        self._kept = 1
+        self._num_left = 0  # passes until the next trial
+        self._num_trials = 0
+        self._num_lost = 0
+        self._num_passes = {1: 0, 2: 0}
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """Threads for products and for attention, by the last pass in one group."""
+        num_attention = attention_threads(self._recent[-1], self._num_threads)
+        return max(1, self._num_threads - num_attention), num_attention
+
+    def add(self, times: PassTimes) -> None:
+        """A pass that could be cut in two ran as `num_groups` said."""
+        self._num_passes[times.num_groups] += 1
+        if times.num_groups == 1:
+            self._recent.append(times)
+        if self._refusal or self._setting == "1":
+            return
+        if self._setting == "2":  # one pass in one group tells how to share the threads
+            self.num_groups = self._kept = 2
+        elif self._trial is not None:
+            self._follow(self._trial, times)
+        else:
+            self._num_left -= 1
+            if self._num_left <= 0 and self._is_worth_trying():
+                self._trial, self.num_groups = _Trial(), 2
+
+    def report(self) -> dict[str, Any]:
+        """What was chosen, and on what grounds. Seconds are of passes of one size."""
+        trial = self._last_trial
+        return {
+            "setting": self._setting,
+            "groups": self._kept,
+            "refusal": self._refusal or None,
+            "passes_in_one": self._num_passes[1],
+            "passes_in_two": self._num_passes[2],
+            "trials": self._num_trials,
+            "one_token_seconds": None if trial is None else trial.token_seconds(1),
+            "two_token_seconds": None if trial is None else trial.token_seconds(2),
+            "attention_share": self._median(
+                times.attention_seconds / times.seconds for times in self._recent
+            ),
+            "most_gain": self._median(self._gains()),
+        }
+
+    def _is_worth_trying(self) -> bool:
+        if self._kept == 2:
+            return True
+        is_known = len(self._recent) == _NUM_RECENT
+        return is_known and median(self._gains()) >= _LEAST_GAIN
+
+    def _follow(self, trial: "_Trial", times: PassTimes) -> None:
+        trial.add(times)
+        if not trial.is_over:
+            self.num_groups = 3 - times.num_groups
+            return
+        self._kept = 2 if trial.is_won else 1
+        self._num_lost = 0 if trial.is_won else self._num_lost + 1
+        self._num_left = _NUM_REST << max(0, self._num_lost - 1)
+        self._num_trials += 1
+        self.num_groups, self._last_trial, self._trial = self._kept, trial, None
+
+    def _gains(self) -> list[float]:
+        return [most_gain(times, self._num_threads) for times in self._recent]
+
+    def _median(self, figures: Iterable[float]) -> float | None:
+        figures = list(figures)
+        return median(figures) if figures else None
+
+
+class _Trial:
+    """Passes of one size in two groups and in one, by turns; the first of each is to warm up."""
+
+    def __init__(self) -> None:
+        self._tried: dict[int, list[PassTimes]] = {1: [], 2: []}
+
+    def add(self, times: PassTimes) -> None:
+        self._tried[times.num_groups].append(times)
+
+    @property
+    def is_over(self) -> bool:
+        return all(
+            len(self._like(kind)) == _NUM_COMPARED or len(tried) > _MOST_TRIED
+            for kind, tried in self._tried.items()
+        )
+
+    @property
+    def is_won(self) -> bool:
+        """Whether two groups were faster, as far as passes could be compared."""
+        one, two = self.token_seconds(1), self.token_seconds(2)
+        return one is not None and two is not None and two < (1 - _LEAST_KEPT_GAIN) * one
+
+    def token_seconds(self, num_groups: int) -> float | None:
+        """The median; None where too few passes were of one size."""
+        like = self._like(num_groups)
+        return median(times.token_seconds for times in like) if len(like) > 1 else None
+
+    def _like(self, num_groups: int) -> list[PassTimes]:
+        passes = sorted(self._tried[1] + self._tried[2], key=lambda times: times.num_tokens)
+        pattern = passes[len(passes) // 2]
+        return [times for times in self._tried[num_groups][1:] if times.is_like(pattern)][
+            :_NUM_COMPARED
+        ]
