@@ -18,7 +18,6 @@ import os
 import random
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from moe_runtime.integrations.transformers import paged_model
 from moe_runtime.integrations.transformers.handle import handle
 from moe_runtime.integrations.transformers.load import load
 from moe_runtime.integrations.transformers.sites import find_sites
@@ -62,21 +60,6 @@ class _Silent:
         return lambda *_: None
 
 
-class _Stopwatch:
-    """Counts the seconds of all calls of a function."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.seconds = 0.0
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        started = time.perf_counter()
-        try:
-            return self._function(*args)
-        finally:
-            self.seconds += time.perf_counter() - started
-
-
 def main() -> None:
     """Measure one contestant."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -88,6 +71,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", default="16-64")
     parser.add_argument("--new-tokens", default="8-32")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--token-groups", choices=("auto", "1", "2"), default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spare-gib", type=float, default=1.0, help="of accelerate's activations")
     arguments = parser.parse_args()
@@ -143,8 +127,6 @@ def measure_batch(arguments: argparse.Namespace, folder: Path, lines: Lines) -> 
     requests.write_text(
         "".join(json.dumps({"custom_id": str(n), "body": b}) + "\n" for n, b in enumerate(bodies))
     )
-    attention = _Stopwatch(paged_model.attend)
-    paged_model.attend = attention
     run = run_batch(
         BatchRequest(
             model=str(folder),
@@ -154,6 +136,7 @@ def measure_batch(arguments: argparse.Namespace, folder: Path, lines: Lines) -> 
             temperature=0.0,
             seed=0,
             expert_memory=arguments.residency,
+            token_groups=arguments.token_groups,
         ),
         _Silent(),
     )
@@ -161,7 +144,7 @@ def measure_batch(arguments: argparse.Namespace, folder: Path, lines: Lines) -> 
     cache = run.report["experts"]["cache"]
     return {
         "seconds": run.seconds,
-        "attention_seconds": attention.seconds,
+        "token_groups": run.report["token_groups"],
         "new_tokens": run.new_tokens,  # a line may write the token that ends it
         "passes": run.report["passes"],
         "n_real": run.report["n_real"],

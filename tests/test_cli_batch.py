@@ -103,10 +103,16 @@ def test_answers_do_not_depend_on_the_batch(capsys: Capsys, model: Path, tmp_pat
     """Law: sampling too: each line draws numbers of its own."""
     requests = mixed_requests(tmp_path / "r.jsonl")
     outputs = []
-    for most in ("1", "5", "512"):
-        outputs.append(tmp_path / f"{most}.jsonl")
-        outcome = run(capsys, model, requests, outputs[-1], "--max-sequences", most)
+    for most, groups in (("1", "1"), ("5", "1"), ("5", "2"), ("512", "2"), ("512", "auto")):
+        outputs.append(tmp_path / f"{most}-{groups}.jsonl")
+        outcome = run(
+            capsys, model, requests, outputs[-1], "--max-sequences", most,
+            "--token-groups", groups, "--json",
+        )  # fmt: skip
         assert outcome.code == 0, outcome.err
+        found = json.loads(outcome.out)["report"]["token_groups"]
+        assert (found["setting"], found["refusal"]) == (groups, None)
+        assert groups == "auto" or (found["passes_in_two"] > 0) == (groups == "2")
     first, *others = map(texts, outputs)
     assert len(first) == NUM_LINES
     assert all(other == first for other in others)
@@ -132,6 +138,30 @@ def test_dense_layers_that_do_not_fit_are_streamed(
     assert memory["dense_used_bytes"] <= int(least) < memory["dense_bytes"]
     assert memory["dense_window"]["bytes_read"] > 0
     assert texts(tmp_path / "o.jsonl") == texts(tmp_path / "all.jsonl")
+
+
+def test_two_groups_that_would_read_experts_twice_are_one_and_say_why(
+    capsys: Capsys, model: Path, tmp_path: Path
+) -> None:
+    """Law: the same answers, and what would do: in slots, or in dense memory."""
+    requests = mixed_requests(tmp_path / "r.jsonl")
+    run(capsys, model, requests, tmp_path / "all.jsonl")
+    for number, (flags, words) in enumerate(
+        (
+            (("--expert-memory", "20%"), "hold fewer than the 7 experts of a layer"),
+            (("--dense-memory", "90%"), "dense layers are read in every pass"),
+        )
+    ):
+        output = tmp_path / f"{number}.jsonl"
+        outcome = run_here(
+            capsys, "batch", model, requests, "-o", output, *flags, "--token-groups", "2", "--json"
+        )
+        assert outcome.code == 0, outcome.err
+        assert "passes run as one group of tokens" in outcome.err
+        found = json.loads(outcome.out)["report"]["token_groups"]
+        assert words in found["refusal"]
+        assert (found["groups"], found["passes_in_two"]) == (1, 0)
+        assert texts(output) == texts(tmp_path / "all.jsonl")
 
 
 def test_a_stop_text_ends_a_line_and_is_cut_off(
@@ -242,7 +272,9 @@ def test_a_killed_run_goes_on_without_repeating_or_losing_a_line(
     assert run(capsys, model, requests, whole).code == 0
     output = tmp_path / "o.jsonl"
     draw = random.Random(0)
-    arguments = ("batch", model, requests, "-o", output, "--expert-memory", "50%")
+    arguments = (
+        "batch", model, requests, "-o", output, "--expert-memory", "50%", "--token-groups", "2",
+    )  # fmt: skip
     kept = []
     for _ in range(2):
         process = subprocess.Popen(

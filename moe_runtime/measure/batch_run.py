@@ -33,6 +33,7 @@ from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.offline.cohort_scheduler import CohortScheduler
 from moe_runtime.offline.engine import Forward, OfflineEngine
 from moe_runtime.offline.group_choice import GroupChoice
+from moe_runtime.offline.group_model import GroupModel
 from moe_runtime.offline.grouped_forward import GroupedForward
 from moe_runtime.offline.kv_pages import page_bytes
 from moe_runtime.offline.page_table import PageTable
@@ -216,7 +217,7 @@ class _Run:
                     forward=own,
                     scheduler=CohortScheduler(_in_order(lines), table, max_sequences=most),
                     size=size,
-                    choice=self._choice("the model runs with its own attention"),
+                    choice=self._choice("the model runs with its own attention", num_layers=1),
                     kv=facts,
                 )
                 facts["most_used_bytes"] = table.most_used * own.page_bytes()
@@ -231,17 +232,19 @@ class _Run:
             scheduler = PassScheduler(
                 _in_order(lines), pages.table, pass_tokens=size.limit, max_sequences=most
             )
-            choice = self._choice(why_one_group(owner))
+            choice = self._choice(why_one_group(owner), num_layers=len(paged.shapes))
             grouped = GroupedForward(paged, choice, on_turn=turn_listener(owner, policy))
             stack.enter_context(closing(grouped))
             yield _Passes(forward=grouped, scheduler=scheduler, size=size, choice=choice, kv=facts)
             facts["most_used_bytes"] = pages.most_used_bytes
+            facts["attention_seconds"] = paged.attention_seconds
 
-    def _choice(self, refusal: str) -> GroupChoice:
+    def _choice(self, refusal: str, *, num_layers: int) -> GroupChoice:
         setting = self._request.token_groups
         if refusal and setting == "2":
             self._listener.on_warning(f"passes run as one group of tokens: {refusal}")
-        return GroupChoice(setting, num_threads=torch.get_num_threads(), refusal=refusal)
+        model = GroupModel(num_threads=torch.get_num_threads(), num_layers=num_layers)
+        return GroupChoice(setting, model, refusal=refusal)
 
     def _num_pages(self, lines: BatchLines, page_bytes: int, free_bytes: int) -> int:
         """Pages for all lines, or what the memory has; lines that do not fit by themselves fail."""

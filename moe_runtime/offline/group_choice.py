@@ -2,9 +2,10 @@
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
+
+from moe_runtime.offline.group_model import GroupModel, PassTimes
 
 AUTO = "auto"
 _LEAST_GAIN = 0.05  # that the model must promise before anything is tried
@@ -12,87 +13,22 @@ _LEAST_KEPT_GAIN = 0.02  # that the clock must show before two groups stay
 _NUM_RECENT = 3  # passes that the model looks at
 _NUM_COMPARED = 5  # passes of each kind in a trial
 _MOST_TRIED = 8  # of each kind, those of another size included
-_LIKE_SHARE = 0.125  # passes whose tokens and keys differ by less are of one size
 _NUM_REST = 64  # passes between trials; twice as many after each that was for nothing
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassTimes:
-    """What one pass took; attention and waiting for reads are parts of `seconds`, or beside it."""
-
-    num_groups: int
-    num_tokens: int
-    num_keys: int
-    seconds: float
-    attention_seconds: float
-    stall_seconds: float
-
-    @property
-    def token_seconds(self) -> float:
-        return self.seconds / self.num_tokens
-
-    @property
-    def products_seconds(self) -> float:
-        """Of a pass in one group: neither attention nor waiting."""
-        return max(0.0, self.seconds - self.attention_seconds - self.stall_seconds)
-
-    def is_like(self, other: "PassTimes") -> bool:
-        """Whether seconds a token of both can be compared."""
-        return _is_like(self.num_tokens, other.num_tokens) and _is_like(
-            self.num_keys, other.num_keys
-        )
-
-
-def _is_like(a: int, b: int) -> bool:
-    return abs(a - b) <= _LIKE_SHARE * max(a, b)
-
-
-def attention_threads(times: PassTimes, num_threads: int) -> int:
-    """Threads of `num_threads` that attend while the others multiply, from a pass in one group.
-
-    So that both take as long: assumes that the seconds of each fall with its threads.
-    """
-    busy_seconds = times.attention_seconds + times.products_seconds
-    share = times.attention_seconds / busy_seconds if busy_seconds else 0.5
-    return max(1, min(round(share * num_threads), num_threads - 1))
-
-
-def most_gain(times: PassTimes, num_threads: int) -> float:
-    """The share of its time that a pass in one group could save in two, at most.
-
-    With A seconds of attention, P of products and W of waiting for reads, n threads and a of them
-    for attention, one group takes A + P + W and two no less than
-
-        max(A, P n / (n - a), P + W),  and with a single thread  A + P
-
-    Assumes the best: attention waits for memory, so that fewer threads take no longer; products
-    lose no more than their threads; reads go on under either; a turn costs nothing.
-    """
-    num_attention = attention_threads(times, num_threads)
-    num_products = max(1, num_threads - num_attention)
-    products_seconds = times.products_seconds
-    in_two = max(
-        times.attention_seconds,
-        products_seconds * num_threads / num_products,
-        products_seconds + times.attention_seconds * num_attention / num_threads,
-        products_seconds + times.stall_seconds,
-    )
-    return 1.0 - in_two / times.seconds
 
 
 class GroupChoice:
     """One group or two for the next pass, as `setting` ("1", "2" or "auto") says.
 
-    Auto: where `most_gain` of the last passes is a few per cent, passes of one size run in two
-    groups and in one, by turns, and the kind with the lower median of seconds a token stays; it is
-    asked again after some dozen passes, and later each time that two groups lost. With a
-    `refusal`, which says why there cannot be two, there is one.
+    Auto: where the model promises that passes like the last ones gain a few per cent, passes of one
+    size run in two groups and in one, by turns, and the kind with the lower median of seconds a
+    token stays; it is asked again after some dozen passes, and later each time that two groups
+    lost. With a `refusal`, which says why there cannot be two, there is one.
     """
 
-    def __init__(self, setting: str, *, num_threads: int, refusal: str = "") -> None:
+    def __init__(self, setting: str, model: GroupModel, *, refusal: str = "") -> None:
         self.num_groups = 1
         self._setting = setting
-        self._num_threads = num_threads
+        self._model = model
         self._refusal = refusal
         self._recent: deque[PassTimes] = deque(maxlen=_NUM_RECENT)  # in one group
         self._trial: _Trial | None = None
@@ -106,8 +42,8 @@ class GroupChoice:
     @property
     def shares(self) -> tuple[int, int]:
         """Threads for products and for attention, by the last pass in one group."""
-        num_attention = attention_threads(self._recent[-1], self._num_threads)
-        return max(1, self._num_threads - num_attention), num_attention
+        num_attention = self._model.attention_threads(self._recent[-1])
+        return max(1, self._model.num_threads - num_attention), num_attention
 
     def add(self, times: PassTimes) -> None:
         """A pass that could be cut in two ran as `num_groups` said."""
@@ -140,7 +76,7 @@ class GroupChoice:
             "attention_share": self._median(
                 times.attention_seconds / times.seconds for times in self._recent
             ),
-            "most_gain": self._median(self._gains()),
+            "predicted_gain": self._median(self._gains()),
         }
 
     def _is_worth_trying(self) -> bool:
@@ -161,7 +97,7 @@ class GroupChoice:
         self.num_groups, self._last_trial, self._trial = self._kept, trial, None
 
     def _gains(self) -> list[float]:
-        return [most_gain(times, self._num_threads) for times in self._recent]
+        return [self._model.gain(times) for times in self._recent]
 
     def _median(self, figures: Iterable[float]) -> float | None:
         figures = list(figures)

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from moe_runtime.offline.engine import Forward
-from moe_runtime.offline.group_choice import GroupChoice, PassTimes
+from moe_runtime.offline.group_choice import GroupChoice
+from moe_runtime.offline.group_model import PassTimes
 from moe_runtime.offline.group_threads import GroupThreads
 from moe_runtime.offline.pass_groups import cut_in_two, num_keys
 from moe_runtime.offline.pass_scheduler import PassPlan

@@ -29,6 +29,31 @@ def test_no_policy_has_more_hits_when_all_experts_are_used(num_slots: int) -> No
     assert hits(ScanPolicy(), num_slots) == hits(belady, num_slots)
 
 
+@pytest.mark.parametrize("num_slots", [9, 16, 20, 33, 40, 47, 48])
+def test_no_policy_has_more_hits_when_two_groups_use_each_layer_in_turn(num_slots: int) -> None:
+    """Law: the second finds what the first had, and from one pass to the next it is Belady's."""
+    visit, two_rounds = NUM_EXPERTS, 2 * NUM_LAYERS * NUM_EXPERTS
+    belady = BeladyPolicy(
+        [
+            # The second group comes a visit later, and the next pass behind it.
+            position + (visit if position // visit % 2 == 0 else two_rounds - visit)
+            for position in range(PASSES * two_rounds)
+        ]
+    )
+    scan = ScanPolicy()
+
+    def hits_of_groups(policy: EvictionPolicy) -> int:
+        cache = ExpertCache(num_slots, policy)
+        for _ in range(PASSES):
+            for layer in range(NUM_LAYERS):
+                for groups_to_come in (1, 0):
+                    scan.groups_to_come = groups_to_come
+                    cache.admit([ExpertKey(layer, expert) for expert in range(NUM_EXPERTS)])
+        return sum(counts.hits for counts in cache.counts.values())
+
+    assert hits_of_groups(scan) == hits_of_groups(belady)
+
+
 def test_recency_hits_nothing_in_a_third_of_the_slots() -> None:
     assert hits(LRUPolicy(), 16) == 0 < hits(ScanPolicy(), 16)
 

@@ -24,6 +24,7 @@ from moe_runtime.integrations.transformers.streamed_forward import (
 )
 from moe_runtime.offline.engine import OfflineEngine, PassReport
 from moe_runtime.offline.group_choice import GroupChoice
+from moe_runtime.offline.group_model import GroupModel
 from moe_runtime.offline.grouped_forward import GroupedForward
 from moe_runtime.offline.pass_scheduler import PassPlan, PassScheduler
 from moe_runtime.offline.pass_size import PassSize
@@ -74,9 +75,8 @@ def grouped(
     with PagedModel(model) as paged:
         table = paged.open_pages(num_pages).table
         scheduler = PassScheduler(todo, table, pass_tokens=lambda: 70, max_sequences=5)
-        forward = GroupedForward(
-            paged, GroupChoice("2", num_threads=1), on_turn=turn_listener(owner, policy)
-        )
+        choice = GroupChoice("2", GroupModel(num_threads=1, num_layers=len(paged.shapes)))
+        forward = GroupedForward(paged, choice, on_turn=turn_listener(owner, policy))
         with closing(forward):
             yield StreamedForward(forward, owner, policy), forward, scheduler, todo
 
