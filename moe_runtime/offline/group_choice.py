@@ -7,11 +7,12 @@ from typing import Any
 
 from moe_runtime.offline.group_model import GroupModel, PassTimes
 
-AUTO = "auto"
 _LEAST_GAIN = 0.05  # that the model must promise before anything is tried
 _LEAST_KEPT_GAIN = 0.02  # that the clock must show before two groups stay
 _NUM_RECENT = 3  # passes that the model looks at
 _NUM_COMPARED = 5  # passes of each kind in a trial
+_CLEAR_LOSS = 0.1  # that ends one sooner
+_LEAST_COMPARED = 2
 _MOST_TRIED = 8  # of each kind, those of another size included
 _NUM_REST = 64  # passes between trials; twice as many after each that was for nothing
 
@@ -27,6 +28,7 @@ class GroupChoice:
 
     def __init__(self, setting: str, model: GroupModel, *, refusal: str = "") -> None:
         self.num_groups = 1
+        self.shares = (1, 1)  # threads for products and for attention, where there are two
         self._setting = setting
         self._model = model
         self._refusal = refusal
@@ -40,10 +42,9 @@ class GroupChoice:
         self._num_passes = {1: 0, 2: 0}
 
     @property
-    def shares(self) -> tuple[int, int]:
-        """Threads for products and for attention, by the last pass in one group."""
-        num_attention = self._model.attention_threads(self._recent[-1])
-        return max(1, self._model.num_threads - num_attention), num_attention
+    def is_settled_on_one(self) -> bool:
+        """Whether the passes to come have no use for threads of groups."""
+        return self.num_groups == 1 and self._trial is None
 
     def add(self, times: PassTimes) -> None:
         """A pass that could be cut in two ran as `num_groups` said."""
@@ -53,13 +54,15 @@ class GroupChoice:
         if self._refusal or self._setting == "1":
             return
         if self._setting == "2":  # one pass in one group tells how to share the threads
-            self.num_groups = self._kept = 2
+            self._kept = 2
+            self._run_two()
         elif self._trial is not None:
             self._follow(self._trial, times)
         else:
             self._num_left -= 1
             if self._num_left <= 0 and self._is_worth_trying():
-                self._trial, self.num_groups = _Trial(), 2
+                self._trial = _Trial()
+                self._run_two()
 
     def report(self) -> dict[str, Any]:
         """What was chosen, and on what grounds. Seconds are of passes of one size."""
@@ -78,6 +81,12 @@ class GroupChoice:
             ),
             "predicted_gain": self._median(self._gains()),
         }
+
+    def _run_two(self) -> None:
+        """Run the next passes in two groups, threads shared by the last pass in one."""
+        self.num_groups = 2
+        num_attention = self._model.attention_threads(self._recent[-1])
+        self.shares = (max(1, self._model.num_threads - num_attention), num_attention)
 
     def _is_worth_trying(self) -> bool:
         if self._kept == 2:
@@ -115,7 +124,7 @@ class _Trial:
 
     @property
     def is_over(self) -> bool:
-        return all(
+        return self._is_lost or all(
             len(self._like(kind)) == _NUM_COMPARED or len(tried) > _MOST_TRIED
             for kind, tried in self._tried.items()
         )
@@ -129,7 +138,15 @@ class _Trial:
     def token_seconds(self, num_groups: int) -> float | None:
         """The median; None where too few passes were of one size."""
         like = self._like(num_groups)
-        return median(times.token_seconds for times in like) if len(like) > 1 else None
+        if len(like) < _LEAST_COMPARED:
+            return None
+        return median(times.token_seconds for times in like)
+
+    @property
+    def _is_lost(self) -> bool:
+        """Whether two groups are so much slower that no more passes need to show it."""
+        one, two = self.token_seconds(1), self.token_seconds(2)
+        return one is not None and two is not None and two > (1 + _CLEAR_LOSS) * one
 
     def _like(self, num_groups: int) -> list[PassTimes]:
         passes = sorted(self._tried[1] + self._tried[2], key=lambda times: times.num_tokens)

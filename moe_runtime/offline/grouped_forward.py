@@ -83,6 +83,8 @@ class GroupedForward:
                 stall_seconds=forward.stall_seconds - stall_seconds,
             )
         )
+        if self.choice.is_settled_on_one:
+            self.close()
         return logits
 
     def close(self) -> None:
