@@ -44,14 +44,14 @@ class GroupModel:
     With A seconds of attention, P of products and W of waiting for reads, n threads and a of them
     for attention, one group of L layers takes A + P + W, and two
 
-        max(A', P', P + W) + min(A', P') / (2 L)     A' = A max(1, n / (2 a))
+        max(A', P', P + W) + min(A', P') / (2 L)     A' = A sqrt(n / a)
                                                      P' = P sqrt(n / (n - a))
 
-    The last term is the first group's wait for the second at the one end, and the second's for
-    nobody at the other. Assumes that half of the threads read memory as fast as all, which is what
-    attention waits for; that products, which wait for memory and for one thread's steps too, lose
-    less than their threads (1.3 to 1.6 for one of two was measured); that reads go on under either;
-    and that a turn costs nothing. A single thread has A + P to do whatever the groups.
+    The last term is for both ends of a pass, where one group is alone. Assumes that both parts,
+    which wait for memory too, lose less than their threads: the square root is the best that was
+    measured for one of two, and it can be their number; that reads go on under either; and that a
+    turn costs nothing. So it is what may be gained, and says where to try. A single thread has
+    A + P to do whatever the groups.
     """
 
     num_threads: int
@@ -64,7 +64,7 @@ class GroupModel:
         if self.num_threads == 1:
             return max(attention_seconds + products_seconds, reading_seconds)
         num_products = self.num_threads - num_attention
-        attention_seconds *= max(1.0, self.num_threads / (2 * num_attention))
+        attention_seconds *= math.sqrt(self.num_threads / num_attention)
         products_seconds *= math.sqrt(self.num_threads / num_products)
         ends_seconds = min(attention_seconds, products_seconds) / (2 * self.num_layers)
         return max(attention_seconds, products_seconds, reading_seconds) + ends_seconds

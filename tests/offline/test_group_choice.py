@@ -96,5 +96,4 @@ def test_one_group_stays_where_it_is_asked_for_or_must_be(setting: str, refusal:
 def test_two_groups_stay_once_the_threads_can_be_shared() -> None:
     choice = GroupChoice("2", GroupModel(num_threads=8, num_layers=16))
     assert run(choice, 9, attention=0.5, two=2.0, sizes=ALIKE) == [1] + [2] * 8
-    # max(0.5 * 8 / 6, 0.5 sqrt(8 / 5)), where two for attention come to 1 and four to 0.707
-    assert choice.shares == (5, 3)
+    assert choice.shares == (4, 4)

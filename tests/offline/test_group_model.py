@@ -49,14 +49,15 @@ def test_more_layers_promise_more(attention: float, num_layers: int) -> None:
 @pytest.mark.parametrize(
     ("num_threads", "num_layers", "attention", "stall", "seconds"),
     [
-        # max(0.8, 0.2 sqrt(2)) + 0.2 sqrt(2) / 2
-        (2, 1, 0.8, 0.0, 0.8 + 0.1 * 2**0.5),
-        # A fifth of the time is too little on two threads: max(0.2, 0.8 sqrt(2)) + 0.2 / 32
-        (2, 16, 0.2, 0.0, 0.8 * 2**0.5 + 0.2 / 32),
-        # Waiting hides it: max(0.3, 0.3 sqrt(2), 0.3 + 0.4) + 0.3 / 32
-        (2, 16, 0.3, 0.4, 0.7 + 0.3 / 32),
-        # 3 of 16 attend: max(0.25 * 16 / 6, 0.75 sqrt(16 / 13)) + the smaller one / 32
-        (16, 16, 0.25, 0.0, 0.75 * (16 / 13) ** 0.5 + 0.25 * 16 / 6 / 32),
+        # One layer has no middle: 0.5 sqrt(2) + 0.5 sqrt(2) / 2
+        (2, 1, 0.5, 0.0, 0.75 * 2**0.5),
+        (2, 16, 0.5, 0.0, 0.5 * 2**0.5 * (1 + 1 / 32)),
+        # A fifth of the time is too little on two threads: more than a second.
+        (2, 16, 0.2, 0.0, (0.8 + 0.2 / 32) * 2**0.5),
+        # Waiting hides it: max(0.3 sqrt(2), 0.3 sqrt(2), 0.3 + 0.4)
+        (2, 16, 0.3, 0.4, 0.7 + 0.3 * 2**0.5 / 32),
+        # 2 of 16 attend, as one or three would take longer.
+        (16, 16, 0.25, 0.0, 0.75 * (16 / 14) ** 0.5 + 0.25 * (16 / 2) ** 0.5 / 32),
         # Alone, a thread has all to do.
         (1, 16, 0.5, 0.1, 0.9),
     ],
