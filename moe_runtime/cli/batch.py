@@ -225,7 +225,7 @@ def _table(run: "BatchRun", results: Path) -> Table:
 def _groups(found: dict[str, Any]) -> str:
     """What was kept, and the two figures that it was chosen by."""
     if found["refusal"] is not None:
-        return "one (see --json)"
+        return f"one: {found['refusal']}"
     one, two = found["one_token_seconds"], found["two_token_seconds"]
     kept = "two, in turns" if found["groups"] == 2 else "one"
     if one is None or two is None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -107,12 +107,11 @@ class GroupedForward:
         self, plan: PassPlan, groups: tuple[PassPlan, PassPlan], threads: GroupThreads
     ) -> torch.Tensor:
         turns = Turns()
+        running: list[Future[torch.Tensor]] = []
         with self._forward.passing():
-            running = [
-                thread.submit(self._run_group, number, group, turns, threads)
-                for number, (thread, group) in enumerate(zip(threads.groups, groups, strict=True))
-            ]
             try:
+                for number, (thread, group) in enumerate(zip(threads.groups, groups, strict=True)):
+                    running.append(thread.submit(self._run_group, number, group, turns, threads))
                 wait(running)
             except BaseException:  # Ctrl-C: neither group may go on behind the caller's back
                 turns.stop()
@@ -123,12 +122,10 @@ class GroupedForward:
         errors = [error for one in running if (error := one.exception()) is not None]
         for error in sorted(errors, key=lambda error: isinstance(error, StoppedError)):
             raise error
-        rows = {
-            sequence: row
-            for one, group in zip(running, groups, strict=True)
-            for sequence, row in zip(group.sequences, one.result(), strict=True)
-        }
-        return torch.stack([rows[sequence] for sequence in plan.sequences])
+        sequences = groups[0].sequences + groups[1].sequences
+        rows = {sequence: row for row, sequence in enumerate(sequences)}
+        logits = torch.cat([one.result() for one in running])
+        return logits[[rows[sequence] for sequence in plan.sequences]]
 
     def _run_group(
         self, number: int, plan: PassPlan, turns: Turns, threads: GroupThreads

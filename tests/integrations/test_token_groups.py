@@ -84,6 +84,7 @@ def grouped(
 def run(forward: StreamedForward, scheduler: PassScheduler) -> PassReport:
     def choose(logits_NV: torch.Tensor, sequences: Sequence[Line]) -> list[int]:
         assert len(logits_NV) == len(sequences)
+        assert not logits_NV.requires_grad
         return logits_NV.argmax(-1).tolist()
 
     engine = OfflineEngine(

@@ -193,6 +193,7 @@ class PagedModel:
         if self._pages is not None:
             pages = self._pages
 
+            @torch.no_grad()  # which the thread that attends does not inherit
             def attention() -> torch.Tensor:
                 started = time.perf_counter()
                 out = attend(pages, layer, layout, rule, query[0], key[0], value[0])
