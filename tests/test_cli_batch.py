@@ -17,6 +17,7 @@ from tests.tiny_checkpoint import CONTEXT_TOKENS, save_mixtral
 
 Capsys = pytest.CaptureFixture[str]
 NUM_LINES = 24
+DEMO = Path(__file__).parents[1] / "moe_runtime" / "demo" / "mixtral-stdlib"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,28 @@ def test_each_line_has_the_answer_that_generate_gives(
     again = json.loads(run(capsys, model, requests, output, "--json").out)
     assert (again["num_finished"], again["num_skipped"], again["report"]) == (0, 3, None)
     assert output.read_bytes() == before
+
+
+def test_the_demo_has_the_answers_of_generate_in_two_groups(capsys: Capsys, tmp_path: Path) -> None:
+    """Law: greedy, in float32, on trained weights."""
+    prompts = ["def read(", "class Path:\n", "import os\n\n\ndef", "for name in "]
+    requests = write_requests(
+        tmp_path / "r.jsonl", [{"prompt": text, "max_tokens": 24} for text in prompts]
+    )
+    output = tmp_path / "o.jsonl"
+    outcome = run(
+        capsys, DEMO, requests, output, "--dtype", "float32", "--token-groups", "2", "--json"
+    )
+    assert json.loads(outcome.out)["report"]["token_groups"]["passes_in_two"] > 0
+    wanted = [flag for text in prompts for flag in ("--prompt", text)]
+    apart = json.loads(
+        run_here(
+            capsys, "generate", DEMO, *wanted, "--max-new-tokens", "24", "--dtype", "float32",
+            "--no-warm-start", "--json",
+        ).out
+    )["results"]  # fmt: skip
+    found = texts(output)
+    assert [found[f"line-{n}"] for n in range(len(prompts))] == [one["text"] for one in apart]
 
 
 def test_answers_do_not_depend_on_the_batch(capsys: Capsys, model: Path, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Lines that share passes over pages have the tokens that they would have alone."""
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,12 +13,12 @@ from moe_runtime.integrations.transformers.own_cache_model import OwnCacheModel
 from moe_runtime.integrations.transformers.paged_model import PagedModel
 from moe_runtime.integrations.transformers.streamed_forward import StreamedForward
 from moe_runtime.offline.cohort_scheduler import CohortScheduler
-from moe_runtime.offline.engine import Forward, OfflineEngine, PassReport
+from moe_runtime.offline.engine import Forward, PassReport
 from moe_runtime.offline.page_table import PageTable, pages_for
 from moe_runtime.offline.pass_scheduler import PassPlan, PassScheduler, Scheduler
 from moe_runtime.offline.pass_size import PassSize
 from moe_runtime.offline.sequence import Sequence as Line
-from tests.tiny_models import tiny_model
+from tests.greedy_lines import alone, load_tiny, make_lines, run_lines
 
 # Grouped queries; a shared expert; sinks and sliding windows; latent attention, whose values are
 # narrower than its keys; each layer another window.
@@ -30,69 +29,26 @@ SIZES = [(3, 9), (40, 12), (17, 1), (28, 70), (8, 60), (64, 5), (2, 25)]
 
 
 @pytest.fixture(scope="module")
-def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PreTrainedModel]:
-    def load(
-        name: str, policy: str | ScanPolicy = "lru", dtype: str = "float32"
-    ) -> PreTrainedModel:
-        folder = tmp_path_factory.mktemp(name)
-        tiny_model(name).save_pretrained(folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of few slots
-            return moe_runtime.load(
-                folder, expert_memory="50%", policy=policy, warm_start=False, dtype=dtype
-            )
-
-    return load
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PreTrainedModel]:
+    return lambda name, *settings, **named: load_tiny(
+        tmp_path_factory.mktemp(name), name, *settings, **named
+    )
 
 
 def lines() -> list[Line]:
-    draw = torch.Generator().manual_seed(3)
-    return [
-        Line(
-            number=number,
-            prompt_ids=torch.randint(8, 160, (prompt,), generator=draw).tolist(),
-            max_new_tokens=new,
-        )
-        for number, (prompt, new) in enumerate(SIZES)
-    ]
+    return make_lines(SIZES)
 
 
 def run(forward: Forward, scheduler: Scheduler, size: PassSize) -> PassReport:
-    def choose(logits_NV: torch.Tensor, sequences: Sequence[Line]) -> list[int]:
-        assert len(logits_NV) == len(sequences)
-        return logits_NV.argmax(-1).tolist()
-
-    engine = OfflineEngine(
-        forward,
-        scheduler,
-        size,
-        choose=choose,
-        is_finished=lambda line: len(line.written) == line.max_new_tokens,
-    )
-    ended = list(engine.run())
-    assert len(ended) == len(SIZES)
-    return engine.report
-
-
-def alone(model: PreTrainedModel, line: Line) -> list[int]:
-    ids = torch.tensor([line.prompt_ids])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=line.max_new_tokens,
-        min_new_tokens=line.max_new_tokens,
-        eos_token_id=None,
-        do_sample=False,
-    )
-    return output[0, len(line.prompt_ids) :].tolist()
+    return run_lines(forward, scheduler, size, num_lines=len(SIZES))
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_greedy_tokens_are_those_of_generate(
-    name: str, load_tiny: Callable[[str], PreTrainedModel]
+    name: str, load: Callable[..., PreTrainedModel]
 ) -> None:
     """Law: in float32, with pages enough, and with so few that lines are preempted."""
-    model = load_tiny(name)
+    model = load(name)
     expected = [alone(model, line) for line in lines()]
     with PagedModel(model) as paged:
         for num_pages, is_short in ((40, False), (4, True)):
@@ -108,9 +64,9 @@ def test_greedy_tokens_are_those_of_generate(
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_model_that_pages_cannot_serve_runs_with_its_own_attention(
-    name: str, load_tiny: Callable[[str], PreTrainedModel]
+    name: str, load: Callable[..., PreTrainedModel]
 ) -> None:
-    model = load_tiny(name)
+    model = load(name)
     with pytest.raises(UnsupportedModelError):
         PagedModel(model)
     expected = [alone(model, line) for line in lines()]
@@ -127,9 +83,9 @@ def test_a_model_that_pages_cannot_serve_runs_with_its_own_attention(
 
 
 def test_own_attention_gives_the_tokens_of_generate(
-    load_tiny: Callable[[str], PreTrainedModel],
+    load: Callable[..., PreTrainedModel],
 ) -> None:
-    model = load_tiny("mixtral")
+    model = load("mixtral")
     todo = lines()
     run(OwnCacheModel(model), CohortScheduler(todo, PageTable(12), max_sequences=3), PassSize())
     assert [line.written for line in todo] == [alone(model, line) for line in lines()]
@@ -138,11 +94,11 @@ def test_own_attention_gives_the_tokens_of_generate(
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_a_pass_reads_each_expert_at_most_once(
-    name: str, load_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    name: str, load: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law: a pass reads no more experts than there are, on demand and ahead together."""
     policy = ScanPolicy()
-    model = load_tiny(name, policy)
+    model = load(name, policy)
     owner = moe_runtime.handle(model)
     expected = [alone(model, line) for line in lines()]
     todo = lines()
@@ -172,8 +128,8 @@ def test_a_pass_reads_each_expert_at_most_once(
     owner.close()
 
 
-def test_half_precision_is_served_too(load_tiny: Callable[..., PreTrainedModel]) -> None:
-    model = load_tiny("mixtral", "lru", "bfloat16")
+def test_half_precision_is_served_too(load: Callable[..., PreTrainedModel]) -> None:
+    model = load("mixtral", dtype="bfloat16")
     todo = lines()
     with PagedModel(model) as paged:
         pages = paged.open_pages(40)

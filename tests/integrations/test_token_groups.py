@@ -4,10 +4,8 @@ import os
 import signal
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,14 +20,14 @@ from moe_runtime.integrations.transformers.streamed_forward import (
     turn_listener,
     why_one_group,
 )
-from moe_runtime.offline.engine import OfflineEngine, PassReport
+from moe_runtime.offline.engine import PassReport
 from moe_runtime.offline.group_choice import GroupChoice
 from moe_runtime.offline.group_model import GroupModel
 from moe_runtime.offline.grouped_forward import GroupedForward
 from moe_runtime.offline.pass_scheduler import PassPlan, PassScheduler
 from moe_runtime.offline.pass_size import PassSize
 from moe_runtime.offline.sequence import Sequence as Line
-from tests.tiny_models import tiny_model
+from tests.greedy_lines import alone, load_tiny, make_lines, run_lines
 
 SIZES = [(3, 9), (40, 12), (17, 1), (28, 30), (8, 40), (64, 5), (2, 25)]
 # Grouped queries; a shared expert; sinks and sliding windows; latent attention.
@@ -37,33 +35,14 @@ FAMILIES = ["mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3"]
 
 
 @pytest.fixture(scope="module")
-def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PreTrainedModel]:
-    def load(name: str, policy: ScanPolicy, expert_memory: str = "50%") -> PreTrainedModel:
-        folder: Path = tmp_path_factory.mktemp(name)
-        tiny_model(name).save_pretrained(folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of few slots
-            return moe_runtime.load(
-                folder,
-                expert_memory=expert_memory,
-                policy=policy,
-                warm_start=False,
-                dtype="float32",
-            )
-
-    return load
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PreTrainedModel]:
+    return lambda name, *settings, **named: load_tiny(
+        tmp_path_factory.mktemp(name), name, *settings, **named
+    )
 
 
 def lines() -> list[Line]:
-    draw = torch.Generator().manual_seed(3)
-    return [
-        Line(
-            number=number,
-            prompt_ids=torch.randint(8, 160, (prompt,), generator=draw).tolist(),
-            max_new_tokens=new,
-        )
-        for number, (prompt, new) in enumerate(SIZES)
-    ]
+    return make_lines(SIZES)
 
 
 @contextmanager
@@ -82,33 +61,7 @@ def grouped(
 
 
 def run(forward: StreamedForward, scheduler: PassScheduler) -> PassReport:
-    def choose(logits_NV: torch.Tensor, sequences: Sequence[Line]) -> list[int]:
-        assert len(logits_NV) == len(sequences)
-        assert not logits_NV.requires_grad
-        return logits_NV.argmax(-1).tolist()
-
-    engine = OfflineEngine(
-        forward,
-        scheduler,
-        PassSize(),
-        choose=choose,
-        is_finished=lambda line: len(line.written) == line.max_new_tokens,
-    )
-    assert len(list(engine.run())) == len(SIZES)
-    return engine.report
-
-
-def alone(model: PreTrainedModel, line: Line) -> list[int]:
-    ids = torch.tensor([line.prompt_ids])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=line.max_new_tokens,
-        min_new_tokens=line.max_new_tokens,
-        eos_token_id=None,
-        do_sample=False,
-    )
-    return output[0, len(line.prompt_ids) :].tolist()
+    return run_lines(forward, scheduler, PassSize(), num_lines=len(SIZES))
 
 
 @pytest.fixture
@@ -121,11 +74,11 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_tokens_are_those_of_generate(
-    name: str, load_tiny: Callable[..., PreTrainedModel]
+    name: str, load: Callable[..., PreTrainedModel]
 ) -> None:
     """Law: in float32, with pages enough, and with so few that lines are preempted."""
     policy = ScanPolicy()
-    model = load_tiny(name, policy)
+    model = load(name, policy)
     expected = [alone(model, line) for line in lines()]
     for num_pages, is_short in ((40, False), (4, True)):
         with grouped(model, policy, num_pages) as (streamed, forward, scheduler, todo):
@@ -143,12 +96,12 @@ def test_greedy_tokens_are_those_of_generate(
 def test_a_pass_of_two_groups_reads_each_expert_at_most_once(
     name: str,
     expert_memory: str,
-    load_tiny: Callable[..., PreTrainedModel],
+    load: Callable[..., PreTrainedModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Law: on demand and ahead together, from slots for one layer and what is read ahead of it."""
     policy = ScanPolicy()
-    model = load_tiny(name, policy, expert_memory)
+    model = load(name, policy, expert_memory=expert_memory)
     owner = moe_runtime.handle(model)
     assert why_one_group(owner) == ""
     reads = []
@@ -176,10 +129,10 @@ def test_a_pass_of_two_groups_reads_each_expert_at_most_once(
 
 
 def test_fewer_slots_than_a_layer_needs_are_named(
-    load_tiny: Callable[..., PreTrainedModel],
+    load: Callable[..., PreTrainedModel],
 ) -> None:
     """Law: groups that would read experts twice do not come about; the remedy does."""
-    model = load_tiny("mixtral", ScanPolicy(), "25%")
+    model = load("mixtral", ScanPolicy(), expert_memory="25%")
     owner = moe_runtime.handle(model)
     sentence = why_one_group(owner)
     assert f"{owner.budget.num_slots} slots hold fewer than the 10 experts" in sentence
@@ -187,11 +140,11 @@ def test_fewer_slots_than_a_layer_needs_are_named(
 
 
 def test_an_error_in_one_group_ends_the_pass(
-    load_tiny: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Law: it surfaces as it is, no group goes on, and the next pass runs."""
     policy = ScanPolicy()
-    model = load_tiny("mixtral", policy)
+    model = load("mixtral", policy)
     expected = [alone(model, line) for line in lines()]
     real = paged_model.attend
     calls = []
@@ -229,12 +182,12 @@ def test_an_error_in_one_group_ends_the_pass(
 
 def test_an_interrupt_ends_both_groups(
     interruptible: None,
-    load_tiny: Callable[..., PreTrainedModel],
+    load: Callable[..., PreTrainedModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Law: Ctrl-C reaches the main thread while groups run; it leaves when none of them runs."""
     policy = ScanPolicy()
-    model = load_tiny("mixtral", policy)
+    model = load("mixtral", policy)
     real = paged_model.attend
     began = threading.Event()
     under_way = []
