@@ -27,7 +27,9 @@ from moe_runtime.measure.bench.page_cache import drop_from_page_cache
 from moe_runtime.measure.peers.accelerate_disk import experts_on
 
 
-def measure_batch(arguments: Namespace, folder: Path, requests: Path, results: Path) -> Any:
+def measure_batch(
+    arguments: Namespace, folder: Path, requests: Path, results: Path
+) -> dict[str, Any]:
     """Ours, with its files."""
     results.unlink(missing_ok=True)
     attention = _Stopwatch(paged_model.attend)

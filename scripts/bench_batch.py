@@ -52,9 +52,12 @@ def main() -> None:
     """Measure one contestant."""
     arguments = _parser().parse_args()
     warnings.simplefilter("ignore")
-    folder, is_text = Path(arguments.model), True
-    if not folder.is_dir():
-        folder, is_text = _random_checkpoint(arguments), False
+    folder = Path(arguments.model)
+    is_text = folder.is_dir()
+    if is_text:
+        arguments.layers = None
+    else:
+        folder = _random_checkpoint(arguments)
     requests, results = arguments.work / "requests.jsonl", arguments.work / "results.jsonl"
     if arguments.contestant == "batch":
         write_requests(
