@@ -47,6 +47,11 @@ def write_requests(
 def written_lines(requests: Path, results: Path) -> Lines:
     """Each prompt with as many new tokens as `batch` wrote behind it."""
     bodies = {line["custom_id"]: line["response"]["body"] for line in _read(results)}
+    asked = sum(1 for _ in _read(requests))
+    if len(bodies) < asked:
+        raise SystemExit(
+            f"{results} has {len(bodies)} of {asked} lines; run batch to its end first"
+        )
     return [
         (line["body"]["prompt"], bodies[line["custom_id"]]["usage"]["completion_tokens"])
         for line in _read(requests)
