@@ -50,7 +50,7 @@ C_SOURCES = (
         "kernels",
         "cpu",
         "attention",
-        ["-O3", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"],
+        ["-O2", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-psabi"],
     ),
     ("placement", "native", "anneal", ["-O3"]),
 )

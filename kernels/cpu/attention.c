@@ -67,8 +67,9 @@ INLINE void add_page(v16 (*sums)[2], const char *value, int64_t width, int64_t c
         const int at = place(t, kind);
         fetch(next + t * lines * LINE, lines);
         load(row, value, t * width + column, is_bf16);
-        for (int h = 0; h < heads; h++)
-            for (int i = 0; i < 2; i++) sums[h][i] += row[i] * weight[h * VECTORS * LANES + at];
+        UNROLL for (int h = 0; h < heads; h++)
+            UNROLL for (int i = 0; i < 2; i++)
+                sums[h][i] += row[i] * weight[h * VECTORS * LANES + at];
     }
 }
 
@@ -79,8 +80,9 @@ INLINE void add_values(const struct task *task, int64_t begin, int64_t pages, in
     const int64_t width = task->op->value_width;
     const int lines = kind == F32 ? 2 : 1;
     v16 sums[HEADS][2];
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < 2; i++) sums[h][i] = *(v16u *)(total + h * width + column + i * LANES);
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < 2; i++)
+            sums[h][i] = *(v16u *)(total + h * width + column + i * LANES);
     for (int64_t page = 0; page < pages; page++) {
         const char *value = value_page(task, begin + page);
         const char *next = page < next_pages ? key_page(task, begin + pages + page) : value;
@@ -92,8 +94,9 @@ INLINE void add_values(const struct task *task, int64_t begin, int64_t pages, in
         else
             add_page(sums, value, width, column, next, weight, from, to, heads, kind);
     }
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < 2; i++) *(v16u *)(total + h * width + column + i * LANES) = sums[h][i];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < 2; i++)
+            *(v16u *)(total + h * width + column + i * LANES) = sums[h][i];
 }
 
 /* The same for the last 16 columns of a width that is no multiple of 32. */
@@ -106,7 +109,7 @@ INLINE void add_last_values(const struct task *task, int64_t begin, int64_t page
         const int to = to_token(task, begin + page);
         for (int t = from_token(task, begin + page); t < to; t++) {
             const v16 row = load_half(value, t * width + column, kind != F32);
-            for (int h = 0; h < heads; h++)
+            UNROLL for (int h = 0; h < heads; h++)
                 *(v16u *)(total + h * width + column) +=
                     row * weight[h * VECTORS * LANES + place(t, kind)];
         }
@@ -135,15 +138,17 @@ INLINE void attend(const struct task *task, const float *sinks, float *out, int 
             if (begin + i == start || begin + i == end - 1)
                 mask_page(task, begin + i, scores + 2 * i, heads, kind);
         }
-        for (int h = 0; h < heads; h++)
-            weigh(scores + h * VECTORS, 2 * pages, most + h, weight_sum + h, total + h * width,
-                  width);
         const int64_t next_pages = smaller(TILE, end - begin - pages);
-        if (kind == BF16_PAIRS)
+        if (kind == BF16_PAIRS) {
+            weigh_pairs(scores, 2 * pages, most, weight_sum, total, width, heads);
             add_value_pairs(task, begin, pages, next_pages, scores, total, heads);
-        else
+        } else {
+            for (int h = 0; h < heads; h++)
+                weigh(scores + h * VECTORS, 2 * pages, most + h, weight_sum + h,
+                      total + h * width, width);
             for (int64_t column = 0; column < whole; column += PAGE)
                 add_values(task, begin, pages, next_pages, column, scores, total, heads, kind);
+        }
         if (whole < width) add_last_values(task, begin, pages, scores, total, heads, kind);
     }
     for (int h = 0; h < heads; h++)

@@ -35,7 +35,7 @@ PAIRS_TARGET INLINE void add_pairs(__m512 (*sums)[2], __m512i even, __m512i odd,
                                    const uint32_t *pairs, int64_t stride, int heads) {
     const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd);
     const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
-    for (int h = 0; h < heads; h++) {
+    UNROLL for (int h = 0; h < heads; h++) {
         const __m512bh pair = (__m512bh)_mm512_set1_epi32((int)pairs[h * stride]);
         sums[h][0] = _mm512_dpbf16_ps(sums[h][0], low, pair);
         sums[h][1] = _mm512_dpbf16_ps(sums[h][1], high, pair);
@@ -47,7 +47,7 @@ PAIRS_TARGET INLINE void score_pairs_of(const struct task *task, int64_t page, v
     const int64_t d = task->op->key_width, num_pairs = (d + 1) / 2;
     const char *key = key_page(task, page), *value = value_page(task, page);
     __m512 sums[HEADS][2];
-    for (int h = 0; h < heads; h++) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
+    UNROLL for (int h = 0; h < heads; h++) sums[h][0] = sums[h][1] = _mm512_setzero_ps();
     for (int64_t i = 0; i < num_pairs; i++) {
         const char *row = key + 2 * i * LINE;
         fetch(value + 2 * i * LINE, 2);
@@ -55,9 +55,20 @@ PAIRS_TARGET INLINE void score_pairs_of(const struct task *task, int64_t page, v
                   2 * i + 1 < d ? _mm512_loadu_si512(row + LINE) : _mm512_setzero_si512(),
                   task->pairs + i, num_pairs, heads);
     }
-    for (int h = 0; h < heads; h++)
-        for (int half = 0; half < 2; half++)
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int half = 0; half < 2; half++)
             scores[h * VECTORS + half] = (v16)sums[h][half] * task->scaling;
+}
+
+/* 2^x: what stands behind the point by a polynomial of degree 4 (minimax: within 3e-6, where weights
+ * are rounded to 2^-9), the rest as an exponent. */
+PAIRS_TARGET INLINE __m512 power_of_two_pairs(__m512 x) {
+    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+    __m512 p = _mm512_fmadd_ps(r, _mm512_set1_ps(1.353416685e-2f), _mm512_set1_ps(5.201146007e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.414427549e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.930038333e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.000002623f));
+    return _mm512_scalef_ps(p, x);
 }
 
 /* Row t of 32 values, or zeros where nobody looks: what stands there may be NaN. */
@@ -73,8 +84,8 @@ PAIRS_TARGET INLINE void add_column(const struct task *task, int64_t begin, int6
                                     float *total, int heads) {
     const int64_t width = task->op->value_width, row_bytes = 2 * width;
     __m512 sums[HEADS][2];
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < 2; i++)
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < 2; i++)
             sums[h][i] = _mm512_loadu_ps(total + h * width + column + i * LANES);
     for (int64_t page = 0; page < pages; page++) {
         const char *value = value_page(task, begin + page) + 2 * column;
@@ -94,8 +105,8 @@ PAIRS_TARGET INLINE void add_column(const struct task *task, int64_t begin, int6
                       pairs + page * LANES + at, VECTORS * LANES / 2, heads);
         }
     }
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < 2; i++)
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < 2; i++)
             _mm512_storeu_ps(total + h * width + column + i * LANES, sums[h][i]);
 }
 
@@ -126,6 +137,30 @@ PAIRS_BODY void score_pairs(const struct task *task, int64_t page, v16 *scores, 
     BY_HEADS(score_pairs_of, task, page, scores);
 }
 
+/* `weigh` for all heads, in instructions made for it. */
+PAIRS_BODY void weigh_pairs(v16 *scores, int64_t vectors, float *most, float *weight_sum,
+                            float *total, int64_t width, int heads) {
+    for (int h = 0; h < heads; h++, scores += VECTORS, total += width) {
+        __m512 high = (__m512)scores[0], sum = _mm512_setzero_ps();
+        for (int64_t i = 1; i < vectors; i++) high = _mm512_max_ps(high, (__m512)scores[i]);
+        const float peak = _mm512_reduce_max_ps(high);
+        if (peak > most[h]) {
+            const __m512 shrink = power_of_two_pairs(_mm512_set1_ps(most[h] - peak));
+            most[h] = peak;
+            weight_sum[h] *= _mm512_cvtss_f32(shrink);
+            for (int64_t i = 0; i < width; i += LANES)
+                _mm512_storeu_ps(total + i, _mm512_mul_ps(_mm512_loadu_ps(total + i), shrink));
+        }
+        for (int64_t i = 0; i < vectors; i++) {
+            const __m512 weight =
+                power_of_two_pairs(_mm512_sub_ps((__m512)scores[i], _mm512_set1_ps(most[h])));
+            scores[i] = (v16)weight;
+            sum = _mm512_add_ps(sum, weight);
+        }
+        weight_sum[h] += _mm512_reduce_add_ps(sum);
+    }
+}
+
 PAIRS_BODY void add_value_pairs(const struct task *task, int64_t begin, int64_t pages,
                                 int64_t next_pages, const v16 *weights, float *total, int heads) {
     BY_HEADS(add_value_pairs_of, task, begin, pages, next_pages, weights, total);
@@ -136,6 +171,11 @@ PAIRS_BODY void add_value_pairs(const struct task *task, int64_t begin, int64_t 
 /* No level has them, so nobody calls. */
 static inline void score_pairs(const struct task *task, int64_t page, v16 *scores, int heads) {
     (void)task, (void)page, (void)scores, (void)heads;
+}
+static inline void weigh_pairs(v16 *scores, int64_t vectors, float *most, float *weight_sum,
+                               float *total, int64_t width, int heads) {
+    (void)scores, (void)vectors, (void)most, (void)weight_sum, (void)total, (void)width;
+    (void)heads;
 }
 static inline void add_value_pairs(const struct task *task, int64_t begin, int64_t pages,
                                    int64_t next_pages, const v16 *weights, float *total,

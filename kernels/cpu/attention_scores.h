@@ -89,13 +89,13 @@ INLINE void score_page(const struct task *task, int64_t page, v16 *scores, int h
     const char *key = key_page(task, page), *value = value_page(task, page);
     v16 sums[HEADS][STEP][2], row[2];
     int64_t k = 0;
-    for (int h = 0; h < heads; h++)
-        for (int i = 0; i < parts; i++) sums[h][i][0] = sums[h][i][1] = (v16){0};
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int i = 0; i < parts; i++) sums[h][i][0] = sums[h][i][1] = (v16){0};
     for (; k + STEP <= d; k += STEP) {
         fetch(value + k * lines * LINE, STEP * lines);
-        for (int i = 0; i < STEP; i++) {
+        UNROLL for (int i = 0; i < STEP; i++) {
             load(row, key, (k + i) * PAGE, is_bf16);
-            for (int h = 0; h < heads; h++) {
+            UNROLL for (int h = 0; h < heads; h++) {
                 sums[h][i % parts][0] += row[0] * task->query[h * d + k + i];
                 sums[h][i % parts][1] += row[1] * task->query[h * d + k + i];
             }
@@ -103,14 +103,14 @@ INLINE void score_page(const struct task *task, int64_t page, v16 *scores, int h
     }
     for (; k < d; k++) {
         load(row, key, k * PAGE, is_bf16);
-        for (int h = 0; h < heads; h++) {
+        UNROLL for (int h = 0; h < heads; h++) {
             sums[h][0][0] += row[0] * task->query[h * d + k];
             sums[h][0][1] += row[1] * task->query[h * d + k];
         }
     }
-    for (int h = 0; h < heads; h++)
-        for (int half = 0; half < 2; half++) {
-            for (int i = 1; i < parts; i++) sums[h][0][half] += sums[h][i][half];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int half = 0; half < 2; half++) {
+            UNROLL for (int i = 1; i < parts; i++) sums[h][0][half] += sums[h][i][half];
             scores[h * VECTORS + half] = sums[h][0][half] * task->scaling;
         }
 }

@@ -29,10 +29,11 @@ class BatchLines:
     tokenizer: PreTrainedTokenizerBase
     end_ids: frozenset[int]
     lines: dict[int, BatchLine] = field(default_factory=dict)
+    _token_texts: dict[int, str] = field(default_factory=dict)
 
     def choose(self, logits_NV: torch.Tensor, sequences: Many[Sequence]) -> list[int]:
         """A token for each of `sequences`, row by row."""
-        tokens: list[int] = logits_NV.argmax(-1).tolist()
+        tokens: list[int] = logits_NV.max(-1).indices.tolist()  # several times as fast as argmax
         for row, sequence in enumerate(sequences):
             line = self.lines[sequence.number]
             if line.request.temperature > 0:
@@ -55,12 +56,24 @@ class BatchLines:
         return text[: min((at for at in found if at >= 0), default=None)]
 
     def _has_stop(self, line: BatchLine) -> bool:
-        if not line.request.stop:
+        last = line.sequence.written[-1]
+        if not any(self._may_end(stop, last) for stop in line.request.stop):
             return False
         # A token is a byte at least, and a character four bytes at most.
         reach = 4 * max(map(len, line.request.stop)) + 8
         tail = self._decode(line.sequence.written[-reach:])
         return any(stop in tail for stop in line.request.stop)
+
+    def _may_end(self, stop: str, token_id: int) -> bool:
+        """False only if `stop` cannot end in this token, whatever stands before it.
+
+        Any character of ASCII is in the text of its token alone, but for spaces, which tokenizers
+        drop at the beginning of a text or write between words.
+        """
+        if token_id not in self._token_texts:
+            self._token_texts[token_id] = self._decode([token_id])
+        last = stop[-1]
+        return last == " " or not last.isascii() or last in self._token_texts[token_id]
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

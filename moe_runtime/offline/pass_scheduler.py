@@ -65,7 +65,7 @@ class PassScheduler:
 
     def next_pass(self) -> PassPlan | None:
         num_preempted = self.num_preempted
-        for sequence in list(self._running):
+        for sequence in [one for one in self._running if self._needs_page(one)]:
             # Those behind it joined later: they give way.
             while sequence in self._running and not self._table.can_hold(
                 sequence.number, sequence.num_tokens
@@ -87,6 +87,8 @@ class PassScheduler:
 
     def _admit(self, num_tokens: int) -> list[Sequence]:
         prompts: list[Sequence] = []
+        if not self._waiting:
+            return prompts
         limit = self._pass_tokens()
         num_growing = sum(map(self._may_grow, self._running))
         while self._waiting and len(self._running) < self._max_sequences:
@@ -104,6 +106,9 @@ class PassScheduler:
             prompts.append(sequence)
             num_tokens += sequence.num_tokens
         return prompts
+
+    def _needs_page(self, sequence: Sequence) -> bool:
+        return self._table.missing(sequence.number, sequence.num_tokens) > 0
 
     def _may_grow(self, sequence: Sequence) -> bool:
         return self._table.missing(sequence.number, sequence.most_tokens) > 0
