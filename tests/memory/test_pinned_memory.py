@@ -56,14 +56,21 @@ def test_a_slot_is_free_after_all_of_its_copies() -> None:
 
 
 def test_a_buffer_grows_and_is_used_again() -> None:
-    """Law: one allocation serves tensors up to its size; a larger one replaces it."""
+    """Law: one allocation serves tensors up to its size; a larger one comes beside it.
+
+    It may while the device is at work: nothing is unpinned before the end.
+    """
     streams = fake_streams()
     buffer = PinnedBuffer(streams)
     first = buffer.tensor((3, 4), torch.float32)
     assert buffer.tensor((2, 2), torch.int64).data_ptr() == first.data_ptr()
+    copied = torch.empty_like(first)
+    streams.demand.copy_async(copied, first.fill_(7))
     large = buffer.tensor((4096, 2), torch.bfloat16)
     assert large.shape == (4096, 2)
     assert buffer.tensor((0, 5), torch.float32).shape == (0, 5)
-    assert streams.num_pinned == 1
+    assert streams.num_pinned == 2
+    streams.synchronize()
+    assert copied.eq(7).all()
     buffer.close()
     assert streams.num_pinned == 0
