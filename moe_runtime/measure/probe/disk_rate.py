@@ -10,7 +10,7 @@ from moe_runtime.measure.spread import Spread
 from moe_runtime.perf.hardware import BesideCompute, Disk, ReadRate
 
 _KIB, _MIB = 2**10, 2**20
-BLOCK_BYTES = (128 * _KIB, 704 * _KIB, _MIB, 4 * _MIB, 12 * _MIB)
+BLOCK_BYTES = (128 * _KIB, _MIB, 1536 * _KIB, 4 * _MIB, 12 * _MIB)
 DEPTHS = (1, 2, 8)
 _SAMPLE_SECONDS = 0.2
 
