@@ -81,7 +81,8 @@ class DiskReader:
         self._quantise = load_quantiser()
         # Every plain read borrows one of these: all memory is known now.
         self._buffers: SimpleQueue[Blob] = SimpleQueue()
-        buffer_bytes = _whole_pages(chunk_bytes) + 2 * _PAGE_BYTES
+        # Each on a page of its own.
+        buffer_bytes = -(-chunk_bytes // _PAGE_BYTES) * _PAGE_BYTES + 2 * _PAGE_BYTES
         for buffer in anonymous_memory(num_threads * buffer_bytes).reshape(num_threads, -1):
             self._buffers.put(buffer)
         self._pool = ReaderPool(num_threads, "moe-runtime-disk")
@@ -230,7 +231,7 @@ class DiskReader:
     def _buffer(self, num_bytes: int) -> Iterator[Blob]:
         """Room for a read of so many bytes: one of the pool's, or for very long rows a new one."""
         if num_bytes > self._chunk_bytes:
-            yield anonymous_memory(_whole_pages(num_bytes) + 2 * _PAGE_BYTES)
+            yield anonymous_memory(num_bytes + 2 * _PAGE_BYTES)
             return
         buffer = self._buffers.get()
         try:
@@ -284,7 +285,7 @@ class DiskReader:
 
     def _read_strided(self, extent: Extent, layout: ExpertLayout, blob: Blob) -> None:
         file = self._files[extent.file]
-        buffer = anonymous_memory(_whole_pages(extent.num_bytes) + 2 * _PAGE_BYTES)
+        buffer = anonymous_memory(extent.num_bytes + 2 * _PAGE_BYTES)
         data = torch.from_numpy(self._read(file, extent.offset, extent.num_bytes, buffer))
         if extent.blocks:
             data = self._unpacked(data, extent, file)
@@ -424,7 +425,3 @@ def _open_direct(path: Path) -> tuple[int | None, int]:
         return descriptor, block
     os.close(descriptor)
     return None, 1
-
-
-def _whole_pages(num_bytes: int) -> int:
-    return -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES
