@@ -98,7 +98,7 @@ def measure(
     choice = GroupChoice("2", model)
     draw = random.Random(0)
     on_turn = turn_listener(owner, policy)
-    with closing(GroupedForward(paged, choice, on_turn=on_turn)) as grouped:
+    with closing(GroupedForward(paged, choice, weights=owner, on_turn=on_turn)) as grouped:
         kinds: dict[int, Forward] = {
             1: StreamedForward(paged, owner, policy),
             2: StreamedForward(grouped, owner, policy),
@@ -109,7 +109,7 @@ def measure(
             for num_groups, forward in kinds.items():
                 for one in sequences:
                     one.written[-1] = draw.choice(VOCABULARY)
-                found = run_pass(paged, forward, plan, num_groups)
+                found = run_pass(paged, owner, forward, plan, num_groups)
                 if turn:  # the first of each warms up
                     times[num_groups].append(found)
     ones, twos = times[1], times[2]
@@ -134,9 +134,11 @@ def measure(
     }
 
 
-def run_pass(paged: PagedModel, forward: Forward, plan: PassPlan, num_groups: int) -> PassTimes:
+def run_pass(
+    paged: PagedModel, owner: Handle, forward: Forward, plan: PassPlan, num_groups: int
+) -> PassTimes:
     """A pass, timed."""
-    attention_seconds, stall_seconds = paged.attention_seconds, paged.stall_seconds
+    attention_seconds, stall_seconds = paged.attention_seconds, owner.stall_seconds
     started = time.perf_counter()
     forward.run(plan)
     return PassTimes(
@@ -145,7 +147,7 @@ def run_pass(paged: PagedModel, forward: Forward, plan: PassPlan, num_groups: in
         num_keys=sum(one.num_tokens for one in plan.sequences),
         seconds=time.perf_counter() - started,
         attention_seconds=paged.attention_seconds - attention_seconds,
-        stall_seconds=paged.stall_seconds - stall_seconds,
+        stall_seconds=owner.stall_seconds - stall_seconds,
     )
 
 

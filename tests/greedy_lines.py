@@ -13,6 +13,7 @@ from moe_runtime.offline.engine import Forward, OfflineEngine, PassReport
 from moe_runtime.offline.pass_scheduler import Scheduler
 from moe_runtime.offline.pass_size import PassSize
 from moe_runtime.offline.sequence import Sequence as Line
+from moe_runtime.offline.weight_reads import WeightReads
 from tests.tiny_models import tiny_model
 
 
@@ -47,7 +48,12 @@ def make_lines(sizes: Sequence[tuple[int, int]]) -> list[Line]:
 
 
 def run_lines(
-    forward: Forward, scheduler: Scheduler, size: PassSize, *, num_lines: int
+    forward: Forward,
+    scheduler: Scheduler,
+    size: PassSize,
+    *,
+    weights: WeightReads,
+    num_lines: int,
 ) -> PassReport:
     """Greedy, to the end of each line, of which there are so many."""
 
@@ -60,6 +66,7 @@ def run_lines(
         forward,
         scheduler,
         size,
+        weights=weights,
         choose=choose,
         is_finished=lambda line: len(line.written) == line.max_new_tokens,
     )

@@ -233,7 +233,9 @@ class _Run:
                 _in_order(lines), pages.table, pass_tokens=size.limit, max_sequences=most
             )
             choice = self._choice(why_one_group(owner), num_layers=len(paged.shapes))
-            grouped = GroupedForward(paged, choice, on_turn=turn_listener(owner, policy))
+            grouped = GroupedForward(
+                paged, choice, weights=owner, on_turn=turn_listener(owner, policy)
+            )
             stack.enter_context(closing(grouped))
             yield _Passes(forward=grouped, scheduler=scheduler, size=size, choice=choice, kv=facts)
             facts["most_used_bytes"] = pages.most_used_bytes
@@ -264,7 +266,12 @@ class _Run:
     def _run(self, forward: StreamedForward, passes: _Passes, lines: BatchLines) -> None:
         size = passes.size
         engine = OfflineEngine(
-            forward, passes.scheduler, size, choose=lines.choose, is_finished=lines.is_finished
+            forward,
+            passes.scheduler,
+            size,
+            weights=forward.owner,
+            choose=lines.choose,
+            is_finished=lines.is_finished,
         )
         started = time.perf_counter()
         progress = BatchProgress(lines)

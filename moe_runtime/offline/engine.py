@@ -10,6 +10,7 @@ import torch
 from moe_runtime.offline.pass_scheduler import PassPlan, Scheduler
 from moe_runtime.offline.pass_size import PassSize
 from moe_runtime.offline.sequence import Sequence
+from moe_runtime.offline.weight_reads import WeightReads
 
 
 class Forward(Protocol):
@@ -18,18 +19,13 @@ class Forward(Protocol):
     def run(self, plan: PassPlan) -> torch.Tensor:
         """Logits `[sequences, vocabulary]` behind the last token of each of `plan.sequences`."""
 
-    @property
-    def read_bytes(self) -> int:
-        """Expert bytes asked of the disk so far."""
-
-    @property
-    def stall_seconds(self) -> float:
-        """Time spent waiting for them so far."""
-
 
 @dataclass(slots=True, kw_only=True)
 class PassReport:
-    """What the passes did. A prompt that was preempted counts each time it runs."""
+    """What the passes did. A prompt that was preempted counts each time it runs.
+
+    A pass may read ahead for the next one, so its reads are told by the experts that it used.
+    """
 
     passes: int = 0
     decode_tokens: int = 0
@@ -39,7 +35,7 @@ class PassReport:
     seconds: float = 0.0
     stall_seconds: float = 0.0
     read_bytes: int = 0
-    most_pass_read_bytes: int = 0
+    most_pass_experts_loaded: int = 0
 
 
 class OfflineEngine:
@@ -54,6 +50,7 @@ class OfflineEngine:
         scheduler: Scheduler,
         pass_size: PassSize,
         *,
+        weights: WeightReads,
         choose: Callable[[torch.Tensor, tuple[Sequence, ...]], list[int]],
         is_finished: Callable[[Sequence], bool],
     ) -> None:
@@ -61,6 +58,7 @@ class OfflineEngine:
         self._forward = forward
         self._scheduler = scheduler
         self._pass_size = pass_size
+        self._weights = weights
         self._choose = choose
         self._is_finished = is_finished
 
@@ -74,15 +72,16 @@ class OfflineEngine:
                     yield sequence
 
     def _run_pass(self, plan: PassPlan) -> None:
-        forward, report = self._forward, self.report
-        started, stalled = time.perf_counter(), forward.stall_seconds
-        read_bytes = forward.read_bytes
-        tokens = self._choose(forward.run(plan), plan.sequences)
+        weights, report = self._weights, self.report
+        started, stalled = time.perf_counter(), weights.stall_seconds
+        read_bytes, experts_loaded = weights.bytes_read, weights.experts_loaded
+        tokens = self._choose(self._forward.run(plan), plan.sequences)
         for sequence, token in zip(plan.sequences, tokens, strict=True):
             sequence.written.append(token)
         seconds = time.perf_counter() - started
-        stall_seconds = forward.stall_seconds - stalled
-        read_bytes = forward.read_bytes - read_bytes
+        stall_seconds = weights.stall_seconds - stalled
+        read_bytes = weights.bytes_read - read_bytes
+        experts_loaded = weights.experts_loaded - experts_loaded
         self._pass_size.add(plan.num_tokens, seconds - stall_seconds, seconds, read_bytes)
         report.passes += 1
         report.decode_tokens += len(plan.decoding)
@@ -92,4 +91,4 @@ class OfflineEngine:
         report.seconds += seconds
         report.stall_seconds += stall_seconds
         report.read_bytes += read_bytes
-        report.most_pass_read_bytes = max(report.most_pass_read_bytes, read_bytes)
+        report.most_pass_experts_loaded = max(report.most_pass_experts_loaded, experts_loaded)

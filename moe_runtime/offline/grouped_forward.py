@@ -15,6 +15,7 @@ from moe_runtime.offline.group_threads import GroupThreads
 from moe_runtime.offline.pass_groups import cut_in_two, num_keys
 from moe_runtime.offline.pass_scheduler import PassPlan
 from moe_runtime.offline.turns import StoppedError, Turns
+from moe_runtime.offline.weight_reads import WeightReads
 
 # Runs the attention of one layer and returns what it returns.
 Attend = Callable[[Callable[[], torch.Tensor]], torch.Tensor]
@@ -45,20 +46,18 @@ class GroupedForward:
     """
 
     def __init__(
-        self, forward: GroupForward, choice: GroupChoice, *, on_turn: Callable[[int], None]
+        self,
+        forward: GroupForward,
+        choice: GroupChoice,
+        *,
+        weights: WeightReads,
+        on_turn: Callable[[int], None],
     ) -> None:
         self.choice = choice
         self._forward = forward
+        self._weights = weights
         self._on_turn = on_turn
         self._threads: GroupThreads | None = None
-
-    @property
-    def read_bytes(self) -> int:
-        return self._forward.read_bytes
-
-    @property
-    def stall_seconds(self) -> float:
-        return self._forward.stall_seconds
 
     def run(self, plan: PassPlan) -> torch.Tensor:
         groups = cut_in_two(plan)
@@ -68,7 +67,7 @@ class GroupedForward:
         forward = self._forward
         threads = self._threads_for_pass() if num_groups == 2 else None
         started = time.perf_counter()
-        attention_seconds, stall_seconds = forward.attention_seconds, forward.stall_seconds
+        attention_seconds, stall_seconds = forward.attention_seconds, self._weights.stall_seconds
         if threads is None:
             logits = forward.run(plan)
         else:
@@ -80,7 +79,7 @@ class GroupedForward:
                 num_keys=num_keys(plan),
                 seconds=time.perf_counter() - started,
                 attention_seconds=forward.attention_seconds - attention_seconds,
-                stall_seconds=forward.stall_seconds - stall_seconds,
+                stall_seconds=self._weights.stall_seconds - stall_seconds,
             )
         )
         if self.choice.is_settled_on_one:

@@ -55,13 +55,15 @@ def grouped(
         table = paged.open_pages(num_pages).table
         scheduler = PassScheduler(todo, table, pass_tokens=lambda: 70, max_sequences=5)
         choice = GroupChoice("2", GroupModel(num_threads=1, num_layers=len(paged.shapes)))
-        forward = GroupedForward(paged, choice, on_turn=turn_listener(owner, policy))
+        on_turn = turn_listener(owner, policy)
+        forward = GroupedForward(paged, choice, weights=owner, on_turn=on_turn)
         with closing(forward):
             yield StreamedForward(forward, owner, policy), forward, scheduler, todo
 
 
 def run(forward: StreamedForward, scheduler: PassScheduler) -> PassReport:
-    return run_lines(forward, scheduler, PassSize(), num_lines=len(SIZES))
+    weights = forward.owner
+    return run_lines(forward, scheduler, PassSize(), weights=weights, num_lines=len(SIZES))
 
 
 @pytest.fixture

@@ -138,6 +138,13 @@ class Handle:
         return self.engine.bytes_read + dense
 
     @property
+    def experts_loaded(self) -> int:
+        """Experts that came from behind the cache so far, each counted when it was used."""
+        missed = sum(counts.misses for counts in self.engine.cache.counts.values())
+        used: int = self.ahead.ahead_report()["used"]
+        return missed + used
+
+    @property
     def stall_seconds(self) -> float:
         """Time that layers have waited for them so far; none is known of a device's."""
         engines = [self.engine] + ([] if self._window is None else [self._window.engine])

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from moe_runtime.integrations.transformers.handle import Handle, handle
 from moe_runtime.integrations.transformers.kv_rows import row_bytes, select_rows
 from moe_runtime.kernels.cpu.attention_status import PAGE_TOKENS
 from moe_runtime.offline.pass_scheduler import PassPlan
@@ -19,19 +18,10 @@ class OwnCacheModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._handle: Handle = handle(model)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._cache: Any = None
         self._numbers: list[int] = []  # the sequence of each row
         self._mask_NS = torch.empty(0, 0, dtype=torch.long)
-
-    @property
-    def read_bytes(self) -> int:
-        return self._handle.bytes_read
-
-    @property
-    def stall_seconds(self) -> float:
-        return self._handle.stall_seconds
 
     @torch.no_grad()
     def page_bytes(self) -> int:

@@ -76,14 +76,6 @@ class PagedModel:
         """What each attention layer keeps of a token."""
         return list(self._shapes)
 
-    @property
-    def read_bytes(self) -> int:
-        return self._handle.bytes_read
-
-    @property
-    def stall_seconds(self) -> float:
-        return self._handle.stall_seconds
-
     def open_pages(self, num_pages: int) -> KVPages:
         """A store of so many pages for the passes to come."""
         self._pages = KVPages(self._shapes, num_pages)

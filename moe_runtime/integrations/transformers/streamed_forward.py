@@ -31,14 +31,6 @@ class StreamedForward:
             self._stream = LayerStream(owner.engine.cache, policy, experts)
             owner.engine.planner = self._stream
 
-    @property
-    def read_bytes(self) -> int:
-        return self._forward.read_bytes
-
-    @property
-    def stall_seconds(self) -> float:
-        return self._forward.stall_seconds
-
     def run(self, plan: PassPlan) -> torch.Tensor:
         if self._stream is not None:
             self._stream.is_on = plan.num_tokens >= self._tokens_for_all
