@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from moe_runtime import fast_layer
-from moe_runtime.fast_layer import FastMath
+from moe_runtime.fast_layer import FastMath, most_kernel_rows
 from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.kernels.cpu.operation import Gate
 from moe_runtime.layer import Accumulator, Dispatch, ExpertMath
@@ -34,7 +34,7 @@ def fast_math(dtype: torch.dtype, *, has_gate: bool) -> FastMath:
     )
     gate = Gate.SILU if has_gate else Gate.RELU
     layer = kernel.layer(dim=DIM, num_up=FFN * (1 + has_gate), ffn=FFN, gate=gate)
-    return FastMath(layer.begin, math, kernel.level)
+    return FastMath(layer.begin, math, kernel.level, most_rows=16)
 
 
 class Arrival(RandomArrival):
@@ -80,6 +80,14 @@ def test_bits_do_not_depend_on_arrival(seed: int, dtype: torch.dtype) -> None:
     assert found[0].dtype == dtype
     error = (found[0].double() - expected.double()).norm()
     assert error <= TOLERANCE[dtype] * expected.double().norm()
+
+
+@pytest.mark.parametrize(
+    ("num_weights", "rows"),
+    [(82_944, 128), (2_752_512, 72), (6_291_456, 31), (18_874_368, 16), (176_160_768, 16)],
+)
+def test_large_experts_leave_many_rows_to_torch(num_weights: int, rows: int) -> None:
+    assert most_kernel_rows(num_weights) == rows
 
 
 def test_prompts_whose_outputs_are_too_many_go_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from moe_runtime.fast_layer import FastMath
+from moe_runtime.fast_layer import FastMath, most_kernel_rows
 from moe_runtime.integrations.transformers.proof import expert_math, small_copy
 from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.kernels.cpu.operation import ClampedGate, Gate, KernelGate, TorchGate
@@ -63,7 +63,7 @@ def fast_math(
         is_interleaved=is_interleaved,
     )
     path = kernel.level if isinstance(gate, KernelGate) else f"{kernel.level}, gate in torch"
-    return FastMath(layer.begin, math, path)
+    return FastMath(layer.begin, math, path, most_kernel_rows(up[0] * up[1] + down[0] * down[1]))
 
 
 def find_gate(module: nn.Module, math: ExpertMath) -> tuple[KernelGate | TorchGate, bool]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from moe_runtime.engine import Weights
-from moe_runtime.fast_layer import MAX_KERNEL_ROWS, FastMath
+from moe_runtime.fast_layer import LEAST_KERNEL_ROWS, FastMath
 from moe_runtime.integrations.transformers.ep_implementation import register_ep_implementation
 from moe_runtime.integrations.transformers.experts import reference_forward
 from moe_runtime.integrations.transformers.fast import fast_math
@@ -96,7 +96,7 @@ class ResidentExperts:
             grouped = plan.grouped
             return grouped.kernel.run(*inputs, grouped.stacked, grouped.slots_E)[0]
         num_rows = top_k_index_TK.numel()
-        if not can_run or plan.math is None or num_rows > MAX_KERNEL_ROWS * module.num_experts:
+        if not can_run or plan.math is None or num_rows > LEAST_KERNEL_ROWS * module.num_experts:
             # torch's grouped_mm knows no others; the family's own forward knows all.
             has_grouped_mm = module.down_proj.dtype in _GROUPED_MM_DTYPES
             forward = grouped_mm_experts_forward if has_grouped_mm else _own_forward
