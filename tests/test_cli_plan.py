@@ -90,8 +90,8 @@ def test_what_cannot_be_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("read_gbps: 29.2", "read_gbps: 29200000"), "memory.read_gbps (29200000.0) is outside"),
-        (("  read_gbps: 29.2\n", ""), "memory.read_gbps is missing"),
+        (("read_gbps: 32.86", "read_gbps: 32860000"), "memory.read_gbps (32860000.0) is outside"),
+        (("  read_gbps: 32.86\n", ""), "memory.read_gbps is missing"),
         (("gpus: []", "gpu: []"), "unknown key gpu, the nearest is gpus"),
     ],
 )

@@ -14,6 +14,7 @@ _DTYPES = {2: ("bfloat16", "float16"), 4: ("float32",)}
 # arithmetic that large products reach where only a datasheet tells it.
 _UNMEASURED_SHARE = 0.8
 _DATASHEET_SHARE = 0.6
+_KERNELS = ("gemv", "experts")  # of ours, as they end in a hardware file
 # Operations a second for each core where no product was measured: 16 lanes, 2 operations, 2 GHz.
 _CORE_FLOPS = 64e9
 
@@ -133,7 +134,7 @@ def _products(
         if rate.dtype not in _DTYPES[value_bytes] or rate.dtype == "float16":
             continue
         share = _DATASHEET_SHARE if rate.kernel == "datasheet" else 1.0
-        kind = "kernel" if "gemv" in rate.kernel else "torch"
+        kind = "kernel" if rate.kernel.endswith(_KERNELS) else "torch"
         speed = share * rate.weights_gbps * _GIGA
         found[kind][rate.rows] = max(speed, found[kind].get(rate.rows, 0.0))
     linear = found["torch"]

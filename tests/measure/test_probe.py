@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_runtime.errors import ProbeError
+from moe_runtime.kernels.cpu.experts import CpuExperts
 from moe_runtime.kernels.cpu.gemv_status import ACTIVE
 from moe_runtime.measure import direct_read, random_read
 from moe_runtime.measure.file_system import file_system_of, is_in_memory
@@ -58,6 +59,12 @@ def test_every_figure_is_measured_in_every_round_and_loads_back(tmp_path: Path) 
         for dtype in ("float32", "bfloat16", "float16")
         for rows in (1, 2, 4, 16, 64, 256)
     }
+    for dtype in ("float32", "bfloat16"):
+        if (kernel := CpuExperts.load(getattr(torch, dtype))) is not None:
+            path = f"{kernel.level} experts"
+            found_rows = [rate.rows for rate in hardware.matmul.rates if rate.kernel == path]
+            assert found_rows[:5] == [1, 2, 4, 8, 16]
+    assert hardware.disk.beside_compute is not None
     reads = {(read.block_bytes, read.depth) for read in hardware.disk.reads}
     assert reads == {(size, depth) for size in disk_rate.BLOCK_BYTES for depth in (1, 2, 8)}
     for name, samples in found.samples.items():
@@ -184,7 +191,10 @@ def test_the_pool_holds_sound_numbers_in_every_dtype(dtype: torch.dtype) -> None
     assert sizes.max() < 2
 
 
-def test_a_share_is_against_reads_just_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at_once", "share"), [(1, 1.0), (3, 1.0), (2, 0.5)])
+def test_a_share_is_against_reads_just_before_and_after(
+    at_once: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 0.0
     monkeypatch.setattr(matmul_rate.time, "perf_counter", lambda: now)
 
@@ -202,12 +212,14 @@ def test_a_share_is_against_reads_just_before_and_after(monkeypatch: pytest.Monk
         def copy_gbps(self) -> float:
             raise AssertionError
 
-    def work(weight: torch.Tensor) -> None:
+    def work(weights: list[torch.Tensor]) -> None:
         nonlocal now
-        now += weight.nbytes / 6e9
+        assert len(weights) == at_once
+        now += sum(weight.nbytes for weight in weights) * share / 6e9
 
     memory = Memory()
-    matmul = MatmulRates(memory, [Product("bfloat16", "fake", 4, work)], weight_shape=(64, 64))
+    product = Product("bfloat16", "fake", 4, work, at_once, share)
+    matmul = MatmulRates(memory, [product], weight_shape=(64, 64))
     matmul.sample()
     (rate,) = matmul.result().rates
     assert memory.reads_gbps == [10.0, 20.0]
@@ -220,7 +232,7 @@ def test_weights_come_from_all_over_the_pool() -> None:
     """A matrix that is used again at once would come from a cache."""
     seen: list[int] = []
     with CpuMemoryRate(num_threads=1, num_bytes=4 * 2**20) as memory:
-        product = Product("float32", "fake", 1, lambda weight: seen.append(weight.data_ptr()))
+        product = Product("float32", "fake", 1, lambda weights: seen.append(weights[0].data_ptr()))
         matmul = MatmulRates(memory, [product], weight_shape=(512, 512))
         for _ in range(8):
             matmul.sample()
@@ -232,7 +244,7 @@ def test_our_kernel_is_measured_where_the_runtime_would_use_it() -> None:
     products = matmul_rate.gemv_products((512, 512))
     assert [product.kernel for product in products] in ([], [ACTIVE])
     for product in products:
-        output = product.run(sound_noise(2 * 512 * 512).view(torch.bfloat16).view(512, 512))
+        output = product.run([sound_noise(2 * 512 * 512).view(torch.bfloat16).view(512, 512)])
         assert isinstance(output, torch.Tensor)
         assert output.shape == (1, 512)
 

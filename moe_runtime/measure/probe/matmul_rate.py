@@ -6,13 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
+from moe_runtime.kernels.cpu.experts import CpuExperts
+from moe_runtime.kernels.cpu.experts_layer import CpuLayer
 from moe_runtime.kernels.cpu.gemv import CpuGemv
 from moe_runtime.kernels.cpu.gemv_status import ACTIVE
+from moe_runtime.kernels.cpu.operation import Gate
 from moe_runtime.measure.probe.memory_rate import MemoryRate
 from moe_runtime.measure.probe.rounding import rounded, rounded_quartiles
 from moe_runtime.measure.spread import Spread
@@ -25,16 +29,22 @@ _DTYPES: dict[DtypeName, torch.dtype] = {
     "float16": torch.float16,
 }
 _SAMPLE_SECONDS = 0.03
+_EXPERTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One way to multiply: `run(W)` computes `x W^T` for `rows` rows of input made beforehand."""
+    """One way to multiply: `run` computes `x W^T` for `rows` rows of input made beforehand.
+
+    It takes `at_once` matrices `W`, and reads a `share` of them.
+    """
 
     dtype: DtypeName
     kernel: str
     rows: int
-    run: Callable[[torch.Tensor], object]
+    run: Callable[[list[torch.Tensor]], object]
+    at_once: int = 1
+    share: float = 1.0
 
 
 class MatmulRates:
@@ -72,7 +82,7 @@ class MatmulRates:
     def warm_up(self) -> None:
         """Run each product once: the first call of a shape may choose or compile its code."""
         for product in self._products:
-            product.run(next(self._weights[product.dtype]))
+            product.run(self._next(product))
         self._synchronize()
 
     def sample(self) -> None:
@@ -89,11 +99,15 @@ class MatmulRates:
         num_bytes = 0
         start = time.perf_counter()
         while num_bytes == 0 or time.perf_counter() - start < _SAMPLE_SECONDS:
-            for weight in itertools.islice(self._weights[product.dtype], self._calls_per_wait):
-                product.run(weight)
-                num_bytes += weight.nbytes
+            for _ in range(self._calls_per_wait):
+                weights = self._next(product)
+                product.run(weights)
+                num_bytes += sum(weight.nbytes for weight in weights)
             self._synchronize()  # sync: the clock must not stop before the work does
-        return num_bytes / (time.perf_counter() - start) / 1e9
+        return product.share * num_bytes / (time.perf_counter() - start) / 1e9
+
+    def _next(self, product: Product) -> list[torch.Tensor]:
+        return list(itertools.islice(self._weights[product.dtype], product.at_once))
 
     def result(self) -> Matmul:
         """Medians and quartiles of the samples so far."""
@@ -129,7 +143,7 @@ def torch_products(rows: Sequence[int], *, num_inputs: int, device: torch.device
     def product(name: DtypeName, num_rows: int) -> Product:
         generator = torch.Generator().manual_seed(num_rows)
         x_TK = torch.randn(num_rows, num_inputs, generator=generator).to(device, _DTYPES[name])
-        return Product(name, "torch", num_rows, lambda w_NK: functional.linear(x_TK, w_NK))
+        return Product(name, "torch", num_rows, lambda weights: functional.linear(x_TK, *weights))
 
     return [product(name, num_rows) for name in _DTYPES for num_rows in rows]
 
@@ -141,4 +155,40 @@ def gemv_products(weight_shape: tuple[int, int]) -> list[Product]:
     if kernel is None or k_block is None:
         return []
     x_1K = torch.randn(1, weight_shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
-    return [Product("bfloat16", ACTIVE, 1, lambda w_NK: kernel.run([w_NK], x_1K, k_block))]
+    return [Product("bfloat16", ACTIVE, 1, lambda weights: kernel.run(weights, x_1K, k_block))]
+
+
+def expert_products(rows: Sequence[int], weight_shape: tuple[int, int]) -> list[Product]:
+    """Our C kernel for layers of experts, each with as many rows, where this CPU has it.
+
+    Three quarters of a matrix `[N, K]` are an expert with inputs of K numbers and N / 4 inside.
+    """
+    N, K = weight_shape
+    names: tuple[DtypeName, ...] = ("float32", "bfloat16")
+    products = []
+    for name in names:
+        kernel = CpuExperts.load(_DTYPES[name])
+        if kernel is None or N % 4:
+            continue
+        layer = kernel.layer(dim=K, ffn=N // 4, num_up=N // 2, gate=Gate.SILU)
+        for num_rows in rows:
+            generator = torch.Generator().manual_seed(num_rows)
+            x_TK = torch.randn(num_rows, K, generator=generator).to(_DTYPES[name])
+            run = partial(_run_experts, layer, x_TK)
+            path = f"{kernel.level} experts"
+            products.append(Product(name, path, num_rows, run, _EXPERTS_AT_ONCE, share=0.75))
+    return products
+
+
+def _run_experts(layer: CpuLayer, x_TK: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    num_rows, num_experts = len(x_TK), len(weights)
+    N, K = weights[0].shape
+    step = layer.begin(
+        x_TK, torch.arange(num_rows).repeat(num_experts), torch.ones(num_rows * num_experts)
+    )
+    step.run(
+        [weight[: N // 2] for weight in weights],
+        [weight[N // 2 : N // 4 * 3].view(K, N // 4) for weight in weights],
+        [(i * num_rows, (i + 1) * num_rows) for i in range(num_experts)],
+        is_last=True,
+    )

@@ -23,7 +23,12 @@ from moe_runtime.measure.probe.gpu_rate import (
     gpu_devices,
     unmeasured_gpu,
 )
-from moe_runtime.measure.probe.matmul_rate import MatmulRates, gemv_products, torch_products
+from moe_runtime.measure.probe.matmul_rate import (
+    MatmulRates,
+    expert_products,
+    gemv_products,
+    torch_products,
+)
 from moe_runtime.measure.probe.memory_rate import CpuMemoryRate, pool_bytes
 from moe_runtime.measure.probe.nvml import Nvml, open_nvml
 from moe_runtime.measure.probe.other_load import OtherLoad
@@ -34,6 +39,7 @@ from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.perf.hardware import Cpu, Gpu, Hardware, Memory, Software
 
 _CPU_ROWS = (1, 2, 4, 16, 64, 256)
+_EXPERT_ROWS = (1, 2, 4, 8, 16)
 _LOUD_CORES = 0.25  # of other programs: then the figures are theirs too
 _COPIES_PER_ROUND = 4
 
@@ -97,7 +103,13 @@ def probe(
             _CPU_ROWS, num_inputs=sizes.weight_shape[1], device=torch.device("cpu")
         )
         matmul = MatmulRates(
-            memory, [*gemv_products(sizes.weight_shape), *products], weight_shape=sizes.weight_shape
+            memory,
+            [
+                *gemv_products(sizes.weight_shape),
+                *expert_products(_EXPERT_ROWS, sizes.weight_shape),
+                *products,
+            ],
+            weight_shape=sizes.weight_shape,
         )
         matmul.warm_up()
         nvml = open_things.enter_context(open_nvml())
