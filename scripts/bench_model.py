@@ -6,8 +6,8 @@
 
 A result is one line, and what a file holds already is not measured again: stop it at any time, and
 call it until it has nothing to do. Each call is one process. `--seconds` ends it after the run that
-is under way. `fit` measures a small random model that is no cell's, and prints the overheads of a
-step.
+is under way. `table` predicts each run from the rates around it, with the model as it is now. `fit`
+measures a small random model that is no cell's, and prints the overheads of a step.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from contextlib import closing
-from dataclasses import astuple, fields
+from dataclasses import fields
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from plan_cells import (
     curves_of,
     folder_of,
     load,
+    machine_of,
     read,
     time_text,
 )
@@ -47,7 +49,7 @@ import moe_runtime
 from moe_runtime.integrations.transformers.progress import quiet_transformers
 from moe_runtime.integrations.transformers.spec_reader import spec_of_folder
 from moe_runtime.measure.probe.other_load import OtherLoad
-from moe_runtime.perf.hardware import Hardware
+from moe_runtime.model_spec import ModelSpec
 from moe_runtime.perf.hit_curve import HitCurve
 from moe_runtime.perf.latency import MOST_KERNEL_ROWS, ExpertForm, LatencyModel, Setup
 from moe_runtime.perf.overheads import CPU_OVERHEADS, Overheads
@@ -59,30 +61,45 @@ FIT_BATCHES = (1, 4, 8, 64)
 COSTS = [field.name for field in fields(Overheads)]
 
 
-def predicted_seconds(
-    folder: Path,
-    cell: Cell,
-    num_slots: int,
-    machine: Hardware,
-    curves: dict[str, HitCurve],
-    settings: dict[str, Any],
-    overheads: Overheads,
-) -> float:
-    """Of one step in the middle of those that are timed."""
-    spec = spec_of_folder(folder)
-    setup = Setup(
-        form=ExpertForm.all_of(spec)[0],
-        num_slots=num_slots,
-        num_host_slots=0,
-        batch=cell.batch,
-        context_tokens=cell.prompt_tokens + (WARM_STEPS + PLAN["new_tokens"]) // 2,
-        policy=settings["policy"],
-        linears=settings["linears"],
-        reads_ahead=settings["predictor"] != "off",
-        page_cache=settings["page_cache"],
-    )
-    rates = Rates.of(machine, value_bytes=spec.value_bytes, read_bytes=spec.expert_bytes)
-    return LatencyModel(spec, rates, curves, overheads=overheads).step(setup).seconds
+class Predictions:
+    """What the model says today of runs that were measured, from the rates around each of them."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+
+    def tokens_per_second(self, run: dict[str, Any]) -> float:
+        return float(run["batch"] / self.seconds(run, CPU_OVERHEADS))
+
+    def shares(self, run: dict[str, Any]) -> tuple[float, list[float]]:
+        """Seconds of a step without overheads, and by how much one second of each adds to it."""
+        none = dict.fromkeys(COSTS, 0.0)
+        lanes = self.seconds(run, Overheads(**none))
+        counts = [self.seconds(run, Overheads(**none | {name: 1.0})) - lanes for name in COSTS]
+        return lanes, counts
+
+    def seconds(self, run: dict[str, Any], overheads: Overheads) -> float:
+        """Of one step in the middle of those that are timed."""
+        cell, settings = Cell.named(run["cell"]), run["settings"]
+        spec, curves = self._model_of(cell)
+        setup = Setup(
+            form=ExpertForm.all_of(spec)[0],
+            num_slots=run["slots"],
+            num_host_slots=0,
+            batch=cell.batch,
+            context_tokens=cell.prompt_tokens + (WARM_STEPS + PLAN["new_tokens"]) // 2,
+            policy=settings["policy"],
+            linears=settings["linears"],
+            reads_ahead=settings["predictor"] != "off",
+            page_cache=settings["page_cache"],
+        )
+        machine = machine_of(run, spec.expert_bytes)
+        rates = Rates.of(machine, value_bytes=spec.value_bytes, read_bytes=spec.expert_bytes)
+        return LatencyModel(spec, rates, curves, overheads=overheads).step(setup).seconds
+
+    @cache  # noqa: B019  # as long as the program
+    def _model_of(self, cell: Cell) -> tuple[ModelSpec, dict[str, HitCurve]]:
+        folder = folder_of(cell.model, self._work)
+        return spec_of_folder(folder), curves_of(folder, cell, self._work)
 
 
 def run_once(
@@ -90,7 +107,6 @@ def run_once(
     surroundings: Surroundings,
     cell: Cell,
     folder: Path,
-    work: Path,
     settings: dict[str, Any],
     seed: int,
 ) -> dict[str, Any]:
@@ -104,47 +120,24 @@ def run_once(
         low, high = sorted((before, after))
         if high / low - 1 <= PLAN["most_drift"] and others_cores <= MOST_OTHERS_CORES:
             break
-    measured = timing.tokens_per_second
-    machine = surroundings.machine(statistics.mean((before, after)), timing)
-    num_slots = moe_runtime.handle(model).budget.num_slots
-    place = (folder, cell, num_slots, machine, curves_of(folder, cell, work), settings)
-    parts = shares(place)
-    expected = predicted(parts, CPU_OVERHEADS, cell.batch)
-    print(f"{cell.name}: {measured:.4g} measured, {expected:.4g} predicted", flush=True)
     return {
         "cell": cell.name,
         "batch": cell.batch,
+        "slots": moe_runtime.handle(model).budget.num_slots,
         "settings": settings,
         "process": os.getpid(),
-        "measured": measured,
+        "measured": timing.tokens_per_second,
         "memory_gbps": [before, after],
         "disk_gbps": timing.disk_gbps,
         "operator_nanoseconds": timing.operator_nanoseconds,
         "drift": high / low - 1,
         "others_cores": others_cores,
-        **parts,
     }
-
-
-def shares(place: tuple[Any, ...]) -> dict[str, Any]:
-    """Seconds of a step without overheads, and by how much one second of each would add to it."""
-    none = dict.fromkeys(COSTS, 0.0)
-    lanes = predicted_seconds(*place, overheads=Overheads(**none))
-    counts = [
-        predicted_seconds(*place, overheads=Overheads(**none | {name: 1.0})) - lanes
-        for name in COSTS
-    ]
-    return {"lane_seconds": lanes, "counts": counts}
-
-
-def predicted(run: dict[str, Any], overheads: Overheads, batch: int) -> float:
-    """Tokens a second, from `shares`: a step's overheads add up."""
-    costs = zip(run["counts"], astuple(overheads), strict=True)
-    return batch / (run["lane_seconds"] + sum(count * cost for count, cost in costs))
 
 
 def measure_cells(arguments: argparse.Namespace) -> None:
     end = time.monotonic() + arguments.seconds
+    predictions = Predictions(arguments.work)
     for cell in cells(arguments.model, arguments.residency, arguments.batch):
         done = sum(one["cell"] == cell.name for one in read(arguments.results))
         here = min(arguments.runs, PLAN["runs"] + 1 - done)
@@ -159,8 +152,12 @@ def measure_cells(arguments: argparse.Namespace) -> None:
             for number in range(done, done + here):
                 if time.monotonic() > end:
                     return
-                about = (cell, folder, arguments.work, DEFAULTS, TIMED_SEED + number)
-                append(arguments.results, run_once(model, surroundings, *about))
+                about = (cell, folder, DEFAULTS, TIMED_SEED + number)
+                found = run_once(model, surroundings, *about)
+                append(arguments.results, found)
+                expected = predictions.tokens_per_second(found)
+                measured = found["measured"]
+                print(f"{cell.name}: {measured:.4g} measured, {expected:.4g} predicted", flush=True)
 
 
 def fit(arguments: argparse.Namespace) -> None:
@@ -182,7 +179,7 @@ def fit(arguments: argparse.Namespace) -> None:
                 if time.monotonic() > end:
                     return
                 seed = TIMED_SEED + known[key(cell.name, settings)]
-                about = (cell, folder, arguments.work, settings, seed)
+                about = (cell, folder, settings, seed)
                 append(arguments.results, run_once(model, surroundings, *about))
     show_fit(arguments)
 
@@ -193,12 +190,14 @@ def key(cell: str, settings: dict[str, Any]) -> str:
 
 def show_fit(arguments: argparse.Namespace) -> None:
     rows, rests = [], []
+    predictions = Predictions(arguments.work)
     for one in read(arguments.results):
         if one["others_cores"] <= MOST_OTHERS_CORES:
             seconds = one["batch"] / one["measured"]
+            lane_seconds, counts = predictions.shares(one)
             # In shares of the step: each run counts alike.
-            rows.append([count / seconds for count in one["counts"]])
-            rests.append(1 - one["lane_seconds"] / seconds)
+            rows.append([count / seconds for count in counts])
+            rests.append(1 - lane_seconds / seconds)
     matrix, rest = np.array(rows), np.array(rests)
     # A run that something disturbed must not decide: its excess counts once, not squared.
     costs = least_squares(
@@ -217,6 +216,7 @@ def show_fit(arguments: argparse.Namespace) -> None:
 
 def show_table(arguments: argparse.Namespace) -> None:
     groups = defaultdict(list)
+    predictions = Predictions(arguments.work)
     for one in read(arguments.results):
         groups[one["cell"]].append(one)
     print("| cell | runs, processes | tokens/s, measured | spread | predicted | error |")
@@ -225,7 +225,7 @@ def show_table(arguments: argparse.Namespace) -> None:
     for name, runs in groups.items():
         rates = sorted(one["measured"] for one in runs)
         middle = statistics.median(rates)
-        expected = statistics.median(predicted(one, CPU_OVERHEADS, one["batch"]) for one in runs)
+        expected = statistics.median(predictions.tokens_per_second(one) for one in runs)
         errors.append(abs(expected / middle - 1))
         print(
             f"| {name} | {len(runs)}, {len({one['process'] for one in runs})} | {middle:.4g} | "

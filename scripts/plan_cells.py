@@ -4,6 +4,7 @@ Cells and the grid of settings are those of docs/benchmarks/plan_cells.yaml.
 """
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,8 @@ FIT_SHAPES = {
 _PAGE_BYTES = 4096
 _FILE_BYTES = 32 * 2**20
 _POOL_BYTES = 256 * 2**20
-_DISK_DEPTH, _DISK_SECONDS = 2, 0.05  # between two steps
+_DISK_DEPTH, _DISK_SECONDS = 2, 0.15
+_DISK_STEPS = 8  # between two measurements
 _REPEATS = 5
 
 
@@ -66,6 +68,13 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.model} {self.residency}% batch {self.batch} prompt {self.prompt_tokens}"
+
+    @classmethod
+    def named(cls, name: str) -> "Cell":
+        """The one whose `name` this is."""
+        found = re.fullmatch(r"(\S+) (\d+)% batch (\d+) prompt (\d+)", name)
+        assert found is not None, name
+        return cls(found[1], *map(int, found.groups()[1:]))
 
 
 def cells(model: str | None, residency: int | None, batch: int | None) -> list[Cell]:
@@ -139,18 +148,25 @@ def time_text(
     seed: int,
     disk_gbps: Callable[[], float] | None = None,
 ) -> Timing:
-    """Processor and disk change their pace within seconds, so it is taken between steps."""
+    """Processor and disk change their pace within seconds, so it is taken between steps.
+
+    Reads leave caches cold and threads asleep: the step behind them does not count.
+    """
     torch.set_num_threads(threads)
     steps, operators, rates = [], [], []
-    for seconds in decode(model, forced_tokens(folder, cell, seed), cell):
-        steps.append(seconds)
-        operators.append(operator_seconds(repeats=1))
-        if disk_gbps is not None:
+    counts = False
+    for number, seconds in enumerate(decode(model, forced_tokens(folder, cell, seed), cell), 1):
+        if counts:
+            steps.append(seconds)
+            operators.append(operator_seconds(repeats=1))
+        counts = number >= WARM_STEPS
+        if disk_gbps is not None and number % _DISK_STEPS == 0:
             rates.append(disk_gbps())
+            counts = False
     return Timing(
-        tokens_per_second=cell.batch / statistics.median(steps[WARM_STEPS:]),
-        operator_nanoseconds=1e9 * statistics.median(operators[WARM_STEPS:]),
-        disk_gbps=statistics.median(rates[WARM_STEPS:]) if rates else None,
+        tokens_per_second=cell.batch / statistics.median(steps),
+        operator_nanoseconds=1e9 * statistics.median(operators),
+        disk_gbps=statistics.median(rates) if rates else None,
     )
 
 
@@ -207,18 +223,17 @@ class Surroundings:
             block_bytes=self._block_bytes, num_threads=_DISK_DEPTH, seconds=_DISK_SECONDS
         )
 
-    def machine(self, memory_gbps: float, timing: Timing) -> Hardware:
-        """The probed file of this machine, at the rates around a text and between its steps."""
-        base = load_hardware_preset("2-core-epyc")
-        assert base.disk is not None
-        assert timing.disk_gbps is not None
-        rate = ReadRate(block_bytes=self._block_bytes, depth=_DISK_DEPTH, gbps=timing.disk_gbps)
-        scaled = scaled_memory(base, memory_gbps / base.memory.read_gbps)
-        return replace(
-            scaled,
-            cpu=replace(base.cpu, operator_nanoseconds=timing.operator_nanoseconds),
-            disk=replace(base.disk, reads=(rate,)),
-        )
+
+def machine_of(run: dict[str, Any], read_bytes: int) -> Hardware:
+    """The probed file of this machine, at the rates around a run and between its steps."""
+    base = load_hardware_preset("2-core-epyc")
+    assert base.disk is not None
+    rate = ReadRate(block_bytes=read_bytes, depth=_DISK_DEPTH, gbps=run["disk_gbps"])
+    return replace(
+        scaled_memory(base, statistics.mean(run["memory_gbps"]) / base.memory.read_gbps),
+        cpu=replace(base.cpu, operator_nanoseconds=run["operator_nanoseconds"]),
+        disk=replace(base.disk, reads=(rate,)),
+    )
 
 
 def read(results: Path) -> list[dict[str, Any]]:
