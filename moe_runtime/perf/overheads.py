@@ -27,11 +27,11 @@ class Overheads:
 # Fitted by scripts/bench_model.py to runs of a small random model, none of the validated ones, on
 # two cores.
 CPU_OVERHEADS = Overheads(
-    layer_seconds=0.929e-3,
-    kernel_layer_seconds=0.756e-3,
-    miss_seconds=0.159e-3,
-    row_seconds=13.3e-6,
-    attention_flop_seconds=2.0e-10,
+    layer_seconds=0.855e-3,
+    kernel_layer_seconds=0.739e-3,
+    miss_seconds=0.106e-3,
+    row_seconds=2.58e-6,
+    attention_flop_seconds=3.18e-10,
 )
 # Never timed: a layer's kernels, each launched in some microseconds.
 GPU_OVERHEADS = Overheads(
