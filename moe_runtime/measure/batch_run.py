@@ -29,6 +29,7 @@ from moe_runtime.measure.batch_pages import check_kv_memory, plan_pages
 from moe_runtime.measure.batch_progress import BatchProgress
 from moe_runtime.measure.batch_request import BatchRequest, BatchRun, Listener
 from moe_runtime.measure.prompt import load_tokenizer
+from moe_runtime.measure.steady_collector import steady_collector
 from moe_runtime.memory.available import available_memory_bytes
 from moe_runtime.offline.cohort_scheduler import CohortScheduler
 from moe_runtime.offline.engine import Forward, OfflineEngine
@@ -134,7 +135,7 @@ class _Run:
             started = time.perf_counter()
             policy = ScanPolicy()
             model = self._load(resolved, policy, available_bytes)
-            with closing(handle(model)) as owner:
+            with closing(handle(model)) as owner, steady_collector():
                 self._listener.on_loaded(owner.placement())
                 lines.end_ids = end_ids(model)
                 if unused := unused_settings(model):

@@ -33,6 +33,7 @@ from moe_runtime.measure.parity import Parity
 from moe_runtime.measure.process_memory import peak_resident_bytes, resident_bytes
 from moe_runtime.measure.prompt import Prompt, read_prompts
 from moe_runtime.measure.run_prediction import RunPrediction, predict_run
+from moe_runtime.measure.steady_collector import steady_collector
 from moe_runtime.perf.hardware import Hardware
 from moe_runtime.perf.step_cost import StepCost
 from moe_runtime.recording.run_record import RunRecord
@@ -172,7 +173,7 @@ def run_generation(request: GenerationRequest, listener: Listener) -> Generation
         )
         model = load_requested(request, resolved)
         load_peak = peak_resident_bytes()
-        with closing(handle(model)) as owner:
+        with closing(handle(model)) as owner, steady_collector():
             listener.on_loaded(owner.placement())
             with ExitStack() as recording:
                 if request.report is not None:
