@@ -75,8 +75,7 @@ def test_with_everything_in_slots_nothing_is_read() -> None:
     assert step.hit_rate == 1
     assert step.lanes[Lane.DISK] == 0
     used = OLMOE.step_bytes + OLMOE.experts_per_token * OLMOE.expert_bytes
-    speeds = [RATES.linear.bytes_per_second[0], RATES.kernel.bytes_per_second[0]]
-    slowest, fastest = min(speeds), max(speeds)
+    slowest, fastest = 17.69e9, 29.59e9
     software = step.lanes[Lane.SOFTWARE]
     assert software >= 16 * CPU_OVERHEADS.layer_seconds
     assert used / fastest < step.seconds - software < 1.01 * used / slowest
